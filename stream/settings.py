@@ -1,0 +1,286 @@
+"""The one settings schema: YAML file, environment (``SIGHTWIRE_…``), command-line flags."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from stream.errors import SettingsError
+
+SCHEMES = ("rtsp", "rtsps", "file", "synthetic")
+"""Kinds of source this version opens."""
+
+SourceId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+Seconds = Annotated[float, Field(gt=0, le=3600)]
+
+
+class Transport(StrEnum):
+    """How RTP travels for an RTSP source."""
+
+    TCP = "tcp"
+    UDP = "udp"
+
+
+class Pace(StrEnum):
+    """How a file is read."""
+
+    REALTIME = "realtime"
+    """In its own time, like a camera; stale windows may be dropped."""
+    FAST = "fast"
+    """As fast as everything downstream takes it; nothing is dropped."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceSettings(_Section):
+    """One camera, stream or file."""
+
+    id: SourceId
+    url: SecretStr
+    """Where it is; secret because it may hold a password."""
+    transport: Transport = Transport.TCP
+    pace: Pace = Pace.REALTIME
+    loop: bool = False
+    """Start a file again when it ends."""
+    packs: tuple[str, ...] | None = None
+    """Packs that watch it; all when not given."""
+    audio: bool = True
+    """Whether to decode audio."""
+    open_timeout_s: Seconds = 5.0
+    read_timeout_s: Seconds = 1.0
+    """How long a read may wait before the stop flag is looked at again."""
+    stall_timeout_s: Seconds = 5.0
+    """A live source that delivers nothing for this long is lost."""
+
+    @field_validator("url")
+    @classmethod
+    def _known_scheme(cls, url: SecretStr) -> SecretStr:
+        scheme = source_scheme(url.get_secret_value())
+        if scheme not in SCHEMES:
+            raise ValueError(f"scheme {scheme!r} is not supported; use one of {', '.join(SCHEMES)} or a file path")
+        return url
+
+    @property
+    def scheme(self) -> str:
+        """rtsp, rtsps, file or synthetic."""
+        return source_scheme(self.url.get_secret_value())
+
+    @property
+    def live(self) -> bool:
+        """Whether media comes in its own time, so that freshness beats completeness."""
+        return self.scheme != "file" or self.pace is Pace.REALTIME
+
+
+def source_scheme(url: str) -> str:
+    """Scheme of a source URL; a plain path is ``file``."""
+    head, colon, _ = url.partition("://")
+    return head.lower() if colon else "file"
+
+
+def redacted_url(url: str) -> str:
+    """The URL without its user info and query, fit for a message."""
+    if source_scheme(url) == "file":
+        return url
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return f"{parts.scheme}://{host}{parts.path}"
+
+
+class PackSettings(_Section):
+    """One pack to run."""
+
+    name: str = "base"
+    """Name of an exported pack, or the path of its folder."""
+    backend: Literal["auto", "onnxruntime", "openvino"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    hop_s: Annotated[float, Field(gt=0, le=120)] | None = None
+    """Hop of the pack's main (first) branch, instead of the manifest's."""
+    require_parity: bool = True
+    """Refuse an engine without a parity report."""
+
+
+class EngineSettings(_Section):
+    """How inference uses the machine."""
+
+    threads: Annotated[int, Field(ge=1, le=256)] = max(1, (os.cpu_count() or 2) // 2)
+    """Engine threads, each with its own copy of the graphs, each using one core."""
+    max_batch: Annotated[int, Field(ge=1, le=256)] = 8
+    """Most windows in one batch."""
+
+
+class RedisSettings(_Section):
+    """Where events go."""
+
+    url: SecretStr | None = None
+    """redis:// or rediss:// address; without it an embedded Valkey server is started."""
+    prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")] = "sightwire"
+    maxlen: Annotated[int, Field(ge=1)] = 100_000
+    """Newest events kept in each stream (approximately)."""
+    dedupe_s: Annotated[int, Field(ge=60)] = 86_400
+    """How long an event id is remembered, so that a second append of it does nothing."""
+
+
+class HttpSettings(_Section):
+    """Metrics and health over HTTP."""
+
+    enabled: bool = True
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 9464
+    """0 takes a free port."""
+    token: SecretStr | None = None
+    """Bearer token; required when ``host`` is not a loopback address."""
+
+    @model_validator(mode="after")
+    def _token_off_loopback(self) -> Self:
+        if self.host not in ("127.0.0.1", "::1", "localhost") and self.token is None:
+            raise ValueError(f"http.token is required when http.host is {self.host}, which is not loopback")
+        return self
+
+
+class EventSettings(_Section):
+    """When predictions become events."""
+
+    smoothing: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Weight of the newest window in the exponential mean of scores; 1 switches smoothing off."""
+    on_windows: Annotated[int, Field(ge=1, le=100)] = 2
+    """Windows in a row over the on threshold that start an event."""
+    off_windows: Annotated[int, Field(ge=1, le=100)] = 3
+    """Windows in a row under the off threshold that end it."""
+    update_s: Seconds = 5.0
+    """Media time between updates of a running event."""
+    area_change: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Share of the picture by which a segmentation class must change for an update."""
+
+
+class WindowSettings(_Section):
+    """When a window stops waiting."""
+
+    grace_s: Seconds = 0.5
+    """How long a window waits for the late modality after the other has passed its end."""
+
+
+class SpoolSettings(_Section):
+    """Events kept on disk while Redis is away."""
+
+    path: Path | None = None
+    """SQLite file; in the home folder when not given."""
+    max_mb: Annotated[int, Field(ge=1)] = 1024
+    """Size at which the service stops with an error rather than lose an event."""
+
+
+def home() -> Path:
+    """Folder for exported packs, the embedded server's data and the spool (``SIGHTWIRE_HOME``)."""
+    if given := os.environ.get("SIGHTWIRE_HOME"):
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "sightwire"
+
+
+class Settings(BaseSettings):
+    """Everything a service run needs."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="SIGHTWIRE_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        nested_model_default_partial_update=True,
+    )
+
+    sources: tuple[SourceSettings, ...] = ()
+    packs: tuple[PackSettings, ...] = (PackSettings(),)
+    engine: EngineSettings = EngineSettings()
+    redis: RedisSettings = RedisSettings()
+    http: HttpSettings = HttpSettings()
+    events: EventSettings = EventSettings()
+    windows: WindowSettings = WindowSettings()
+    spool: SpoolSettings = SpoolSettings()
+    shutdown_grace_s: Seconds = 10.0
+
+    @model_validator(mode="after")
+    def _unique_sources(self) -> Self:
+        seen: set[str] = set()
+        for source in self.sources:
+            if source.id in seen:
+                raise ValueError(f"source id {source.id!r} is used twice")
+            seen.add(source.id)
+        return self
+
+
+def load_settings(config: Path | None, overrides: dict[str, Any]) -> Settings:
+    """Settings from an optional YAML file with overrides (flags) on top; the environment fills the rest.
+
+    Raises ``SettingsError`` that names the key, and the line when it comes from the file.
+    """
+    tree: dict[str, Any] = {}
+    node: yaml.Node | None = None
+    if config is not None:
+        tree, node = _read_yaml(config)
+    merged = _merge(tree, overrides)
+    try:
+        return Settings(**merged)
+    except ValidationError as error:
+        raise SettingsError(_first_error(error, config, node)) from None
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        tree = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise SettingsError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    if tree is None:
+        return {}, None
+    if not isinstance(tree, dict):
+        raise SettingsError(f"{path}:1: expected keys and values at the top level")
+    return tree, node
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _first_error(error: ValidationError, config: Path | None, node: yaml.Node | None) -> str:
+    first = error.errors(include_input=False)[0]
+    loc = first["loc"]
+    key = ".".join(str(part) for part in loc) or "settings"
+    what = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+    line = _line_of(node, loc)
+    place = f"{config}:{line}: " if config is not None and line is not None else ""
+    return f"{place}{key}: {what}"
+
+
+def _line_of(node: yaml.Node | None, loc: tuple[int | str, ...]) -> int | None:
+    """Line of the deepest part of ``loc`` that the file has, or ``None`` when it has none of it."""
+    line: int | None = None
+    for part in loc:
+        found: yaml.Node | None = None
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == str(part):
+                    line, found = key.start_mark.line + 1, value
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            found = node.value[part]
+            line = found.start_mark.line + 1
+        if found is None:
+            break
+        node = found
+    return line
