@@ -264,6 +264,8 @@ class ClipWindow(_ShapedRepr):
     """Arrival of the newest media that the window needed (monotonic)."""
     closed_ns: int
     """When it closed (monotonic)."""
+    waited_ns: int
+    """How much of that it spent waiting for the late modality."""
 
     def __post_init__(self) -> None:
         _check_array("ClipWindow.sample_ns", self.sample_ns, np.int64, (None,))
