@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from engines.open import LoadedPack
 from numpy.typing import NDArray
 
 from engines.manifest import Branch, Head, HeadKind, Mode
-from engines.open import LoadedPack
 from engines.types import Array, Engine
 from stream.types import ClipWindow, Frame, Prediction
 
@@ -163,7 +163,7 @@ class BranchRunner:
         for t in range(count):
             if not there:
                 break
-            nearest = min(there, key=lambda candidate: abs(candidate - t))  # noqa: B023 - used at once
+            nearest = min(there, key=lambda candidate: abs(candidate - t))
             for place, frame in enumerate(sample_frames(window, nearest)):
                 if frame is not None:
                     clip[t, place] = frame.image
