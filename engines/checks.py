@@ -1,0 +1,100 @@
+"""Do tensors, and real graphs, fit what the manifest says? Shared by every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from engines.errors import InferenceError, ManifestError
+from engines.manifest import TensorSpec
+from engines.types import NUMPY_DTYPES, Array, EngineSpec, Tensors
+
+Dim = int | str | None
+"""A size, a symbol, or unknown."""
+PortShape = tuple[str, tuple[Dim, ...]]
+"""dtype and shape of a graph's real input or output."""
+
+
+def describe(dtype: object, shape: Sequence[Dim]) -> str:
+    """``float32[batch, 8]``."""
+    return f"{dtype}[{', '.join('?' if dim is None else str(dim) for dim in shape)}]"
+
+
+def check_inputs(spec: EngineSpec, inputs: Tensors) -> None:
+    """Raise ``InferenceError`` unless ``inputs`` are exactly the tensors of ``spec``.
+
+    A symbolic dimension takes any size of at least 1, the same wherever the symbol stands.
+    """
+    where = f"pack {spec.pack}: graph {spec.graph}"
+    names = {tensor.name for tensor in spec.inputs}
+    if names != inputs.keys():
+        raise InferenceError(f"{where}: needs inputs {sorted(names)}, got {sorted(inputs)}")
+    sizes: dict[str, int] = {}
+    for tensor in spec.inputs:
+        array = inputs[tensor.name]
+        if array.dtype != NUMPY_DTYPES[tensor.dtype] or not _shape_fits(tensor.shape, array.shape, sizes):
+            wanted = describe(tensor.dtype, [sizes.get(d, d) if isinstance(d, str) else d for d in tensor.shape])
+            raise InferenceError(
+                f"{where}: input {tensor.name} is {describe(array.dtype, array.shape)}, must be {wanted}"
+            )
+
+
+def _shape_fits(wanted: tuple[int | str, ...], have: tuple[int, ...], sizes: dict[str, int]) -> bool:
+    """Whether ``have`` matches, binding symbols in ``sizes``."""
+    if len(wanted) != len(have):
+        return False
+    for want, size in zip(wanted, have, strict=True):
+        if size < 1 or size != (want if isinstance(want, int) else sizes.setdefault(want, size)):
+            return False
+    return True
+
+
+def check_outputs(spec: EngineSpec, outputs: Tensors) -> None:
+    """Raise ``InferenceError`` when a float output holds NaN or infinity."""
+    for name, array in outputs.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise InferenceError(
+                f"pack {spec.pack}: graph {spec.graph}: output {name} holds NaN or infinity on {spec.backend} "
+                f"{spec.precision}; check the input, or try precision fp32"
+            )
+
+
+def check_interface(
+    pack: str, graph: str, wanted: Sequence[TensorSpec], real: Mapping[str, PortShape], kind: str
+) -> None:
+    """Raise ``ManifestError`` unless a graph's real inputs (or outputs: ``kind``) are those of the manifest."""
+    where = f"pack {pack}: graph {graph}"
+    names = {tensor.name for tensor in wanted}
+    if names != real.keys():
+        raise ManifestError(
+            f"{where}: its {kind}s are {sorted(real)}, the manifest says {sorted(names)}; export the pack again"
+        )
+    for tensor in wanted:
+        dtype, shape = real[tensor.name]
+        if dtype != tensor.dtype or not _dims_agree(tensor.shape, shape):
+            raise ManifestError(
+                f"{where}: {kind} {tensor.name} is {describe(dtype, shape)}, the manifest says "
+                f"{describe(tensor.dtype, tensor.shape)}; export the pack again"
+            )
+
+
+def _dims_agree(wanted: tuple[int | str, ...], real: tuple[Dim, ...]) -> bool:
+    """Fixed sizes must be equal, and what the manifest calls free must not be fixed in the graph."""
+    if len(wanted) != len(real):
+        return False
+    return all(
+        (have == want or not isinstance(have, int)) if isinstance(want, int) else not isinstance(have, int)
+        for want, have in zip(wanted, real, strict=True)
+    )
+
+
+def zeros(spec: EngineSpec, batch: int) -> dict[str, Array]:
+    """Zero inputs with ``batch`` in the first axis; other symbolic dimensions are 1."""
+    return {
+        tensor.name: np.zeros(
+            [size if isinstance(size, int) else (batch if axis == 0 else 1) for axis, size in enumerate(tensor.shape)],
+            dtype=NUMPY_DTYPES[tensor.dtype],
+        )
+        for tensor in spec.inputs
+    }

@@ -1,0 +1,126 @@
+"""Measuring an engine: its outputs against a reference's, and how long it takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from engines.checks import describe
+from engines.errors import ManifestError
+from engines.manifest import GraphSpec, HeadKind, Manifest
+from engines.parity import BatchLatency, GraphParity, OutputParity, within_bounds
+from engines.types import Array, Engine, Tensors
+
+Reference = Callable[[Tensors], Mapping[str, Array]]
+"""What an engine is compared with: the same tensors in, the same tensors out."""
+
+
+def measure(
+    reference: Reference,
+    engine: Engine,
+    batches: Sequence[Tensors],
+    *,
+    manifest: Manifest,
+    backend_version: str,
+    threads: int = 1,
+    batch_sizes: Sequence[int] = (),
+    repeats: int = 20,
+) -> GraphParity:
+    """Compare an engine with its reference on ``batches`` and time it at ``batch_sizes``.
+
+    Raises ``InferenceError`` from the engine, ``ManifestError`` when the two disagree on output shapes.
+    """
+    spec = engine.spec
+    pairs = [(reference(batch), engine.infer(batch)) for batch in batches]
+    logits = logit_tensors(manifest)
+    outputs = tuple(
+        compare(
+            tensor.name,
+            np.concatenate([want[tensor.name] for want, _ in pairs]),
+            np.concatenate([got[tensor.name] for _, got in pairs]),
+            logits=tensor.name in logits,
+        )
+        for tensor in spec.outputs
+    )
+    return GraphParity(
+        graph=spec.graph,
+        onnx_sha256=manifest.graph(spec.graph).sha256,
+        backend=spec.backend,
+        backend_version=backend_version,
+        device=spec.device,
+        precision=spec.precision,
+        threads=threads,
+        samples=sum(_batch_of(batch) for batch in batches),
+        outputs=outputs,
+        latency=tuple(time_batch(engine, repeat_to(batches[0], size), repeats) for size in batch_sizes),
+        passed=within_bounds(manifest, spec.precision, outputs) is None,
+    )
+
+
+def compare(name: str, want: Array, got: Array, *, logits: bool = False) -> OutputParity:
+    """Compare two arrays of one output, the batch first.
+
+    ``uint8`` arrays are masks of class indices: agreement of pixels and mean intersection over union.
+    Raises ``ManifestError`` when dtype or shape differ.
+    """
+    if want.shape != got.shape or want.dtype != got.dtype:
+        raise ManifestError(
+            f"output {name} is {describe(got.dtype, got.shape)} on the engine and "
+            f"{describe(want.dtype, want.shape)} in the reference; export the pack again"
+        )
+    if want.dtype == np.uint8:
+        return OutputParity(tensor=name, mask_agreement=float((want == got).mean()), mask_iou=mean_iou(want, got))
+    error = np.abs(want.astype(np.float64) - got.astype(np.float64))
+    top1 = float((want.argmax(axis=-1) == got.argmax(axis=-1)).mean()) if logits else None
+    return OutputParity(
+        tensor=name, max_abs_error=float(error.max()), mean_abs_error=float(error.mean()), top1_agreement=top1
+    )
+
+
+def mean_iou(want: Array, got: Array) -> float:
+    """Intersection over union of two class-index masks, mean over the classes present in either."""
+    present = np.union1d(want, got)
+    return float(np.mean([((want == c) & (got == c)).sum() / ((want == c) | (got == c)).sum() for c in present]))
+
+
+def logit_tensors(manifest: Manifest) -> frozenset[str]:
+    """Names of the outputs that hold logits of labels."""
+    heads = [head for branch in manifest.branches for head in branch.heads]
+    scored = [head for head in heads if head.kind in (HeadKind.ACTION, HeadKind.CLASS)]
+    return frozenset(name for head in scored for name in (head.output, *head.without.values()))
+
+
+def time_batch(engine: Engine, batch: Tensors, repeats: int) -> BatchLatency:
+    """Time ``repeats`` calls after one that is not counted."""
+    engine.infer(batch)
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter_ns()
+        engine.infer(batch)
+        times.append((time.perf_counter_ns() - begin) / 1e6)
+    p50, p95 = np.percentile(times, [50, 95])
+    return BatchLatency(batch=_batch_of(batch), p50_ms=round(float(p50), 4), p95_ms=round(float(p95), 4))
+
+
+def repeat_to(batch: Tensors, size: int) -> dict[str, Array]:
+    """The batch's items, repeated in turn up to ``size``."""
+    return {name: np.take(array, np.arange(size) % len(array), axis=0) for name, array in batch.items()}
+
+
+def random_batch(graph: GraphSpec, size: int, seed: int = 0) -> dict[str, Array]:
+    """Random inputs of a graph: uint8 over the full range, floats uniform in 0..1."""
+    random = np.random.default_rng(seed)
+    batch: dict[str, Array] = {}
+    for tensor in graph.inputs:
+        shape = [size if axis == 0 else (dim if isinstance(dim, int) else 1) for axis, dim in enumerate(tensor.shape)]
+        if tensor.dtype in ("uint8", "int64"):
+            batch[tensor.name] = random.integers(0, 256, shape).astype(tensor.dtype)
+        else:
+            batch[tensor.name] = random.random(shape).astype(tensor.dtype)
+    return batch
+
+
+def _batch_of(batch: Tensors) -> int:
+    return len(next(iter(batch.values())))

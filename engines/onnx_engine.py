@@ -1,0 +1,140 @@
+"""ONNX Runtime: the backend that is always there. The only file that catches its exceptions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from engines.backends import EngineOptions, first_line
+from engines.checks import PortShape, check_inputs, check_interface, check_outputs, zeros
+from engines.errors import BackendUnavailable, GraphLoadError, InferenceError
+from engines.manifest import GraphSpec
+from engines.types import Array, EngineSpec, Tensors
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_DTYPES = {"tensor(uint8)": "uint8", "tensor(int64)": "int64", "tensor(float)": "float32", "tensor(float16)": "float16"}
+# Each status code is a class of its own, with no common base below Exception.
+_ORT_ERRORS = (
+    ort_errors.EPFail,
+    ort_errors.EngineError,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoModel,
+    ort_errors.NoSuchFile,
+    ort_errors.NotFound,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+    RuntimeError,
+    ValueError,
+)
+
+
+def version() -> str:
+    """Version of ONNX Runtime."""
+    return str(ort.__version__)
+
+
+def load(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> OnnxEngine:
+    """Load a graph of a pack.
+
+    Raises ``BackendUnavailable`` when the device is not there, ``GraphLoadError`` when the file is
+    refused, ``ManifestError`` when the graph is not what the manifest says.
+    """
+    if options.precision != "fp32":
+        raise BackendUnavailable(
+            f"pack {pack}: graph {graph.name}: onnxruntime runs it in fp32, not {options.precision}; "
+            "choose precision fp32 or backend openvino"
+        )
+    session = _open_session(path, pack, graph, options)
+    check_interface(pack, graph.name, graph.inputs, _ports(session.get_inputs()), "input")
+    check_interface(pack, graph.name, graph.outputs, _ports(session.get_outputs()), "output")
+    device = "cuda:0" if options.device == "cuda" else "cpu"
+    return OnnxEngine(session, EngineSpec(pack, graph.name, "onnxruntime", device, "fp32", graph.inputs, graph.outputs))
+
+
+def _open_session(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Any:
+    provider = _provider(options.device)
+    try:
+        session = ort.InferenceSession(str(path), _session_options(options.threads), providers=[provider])
+    except _ORT_ERRORS as error:
+        raise GraphLoadError(
+            f"pack {pack}: onnxruntime {version()} cannot load graph {graph.name} ({path.name}): "
+            f"{first_line(error)}; export the pack again"
+        ) from error
+    # Where a provider cannot start, ONNX Runtime goes on with the CPU and says nothing.
+    if session.get_providers()[0] != provider:
+        raise BackendUnavailable(_no_device(options.device))
+    return session
+
+
+def _provider(device: str) -> str:
+    provider = _PROVIDERS.get(device)
+    if provider is None or provider not in ort.get_available_providers():
+        raise BackendUnavailable(_no_device(device))
+    return provider
+
+
+def _no_device(device: str) -> str:
+    return (
+        f"onnxruntime {version()} has no usable device {device!r} here; choose device cpu, or install "
+        "onnxruntime-gpu and CUDA"
+    )
+
+
+def _session_options(threads: int) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 4
+    # Idle threads must sleep: the decoders want the cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _ports(args: Sequence[Any]) -> dict[str, PortShape]:
+    return {arg.name: (_DTYPES.get(arg.type, arg.type), tuple(arg.shape)) for arg in args}
+
+
+class OnnxEngine:
+    """A graph in an ONNX Runtime session."""
+
+    def __init__(self, session: Any, spec: EngineSpec) -> None:
+        self._session = session
+        self._outputs = [tensor.name for tensor in spec.outputs]
+        self._spec = spec
+
+    @property
+    def spec(self) -> EngineSpec:
+        """See ``Engine``."""
+        return self._spec
+
+    def warmup(self, batch_sizes: Sequence[int]) -> None:
+        """See ``Engine``."""
+        for batch in batch_sizes:
+            self.infer(zeros(self._spec, batch))
+
+    def infer(self, inputs: Tensors) -> dict[str, Array]:
+        """See ``Engine``."""
+        if self._session is None:
+            raise InferenceError(f"pack {self._spec.pack}: graph {self._spec.graph} is closed")
+        check_inputs(self._spec, inputs)
+        try:
+            values = self._session.run(self._outputs, dict(inputs))
+        except _ORT_ERRORS as error:
+            raise InferenceError(
+                f"pack {self._spec.pack}: graph {self._spec.graph} failed on onnxruntime: {first_line(error)}"
+            ) from error
+        outputs: dict[str, Array] = dict(zip(self._outputs, values, strict=True))
+        check_outputs(self._spec, outputs)
+        return outputs
+
+    def close(self) -> None:
+        """See ``Engine``."""
+        self._session = None

@@ -1,0 +1,104 @@
+"""Opening a pack: find it, check it, choose a backend, load its graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from engines import backends
+from engines.backends import EngineOptions
+from engines.errors import PackNotFound
+from engines.manifest import MANIFEST_FILE, Manifest, check_integrity, read_manifest
+from engines.parity import check_parity, read_parity
+from engines.select import fastest_backend
+from engines.types import Engine
+
+PACKS_FOLDER = "packs"
+"""Where named packs lie under the home folder."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedPack:
+    """A pack with an engine for each of its graphs, ready for one thread."""
+
+    folder: Path
+    """Where it was read from."""
+    manifest: Manifest
+    """What it is."""
+    sha256: str
+    """Identity of its content."""
+    backend: str
+    """Backend of its engines."""
+    precision: str
+    """Precision of its engines."""
+    engines: Mapping[str, Engine]
+    """Engine by graph name."""
+
+    def close(self) -> None:
+        """Free the engines; idempotent."""
+        for engine in self.engines.values():
+            engine.close()
+
+
+def find_pack(name_or_path: str | Path, home: Path) -> Path:
+    """Folder of a pack: ``home/packs/NAME`` for a bare name, else the path itself.
+
+    Raises ``PackNotFound`` naming the packs that there are.
+    """
+    text = str(name_or_path)
+    bare = isinstance(name_or_path, str) and Path(text).name == text
+    folder = home / PACKS_FOLDER / text if bare else Path(name_or_path).expanduser()
+    if (folder / MANIFEST_FILE).is_file():
+        return folder
+    if bare and (Path(text) / MANIFEST_FILE).is_file():
+        return Path(text)
+    known = sorted(path.parent.name for path in (home / PACKS_FOLDER).glob(f"*/{MANIFEST_FILE}"))
+    there = f"there are: {', '.join(known)}" if known else "there is none yet"
+    raise PackNotFound(f"no pack {text!r} at {folder} ({there}); run `sightwire export`, or name a pack's folder")
+
+
+def open_pack(
+    folder: Path,
+    *,
+    backend: str = "auto",
+    precision: str = "fp32",
+    threads: int = 1,
+    device: str = "cpu",
+    require_parity: bool = True,
+    cache: Path | None = None,
+) -> LoadedPack:
+    """Load every graph of the pack in ``folder`` on one backend.
+
+    Call it once for each engine thread: engines have one owner. ``auto`` takes the fastest installed
+    backend, measured once on this machine and remembered under ``cache`` (the user's cache folder by
+    default). Engines without passing parity are refused unless ``require_parity`` is off.
+
+    Raises ``PackNotFound``, ``ManifestError``, ``PackIntegrityError``, ``BackendUnavailable``,
+    ``GraphLoadError``, ``ParityMissing`` or ``ParityFailed``.
+    """
+    manifest = read_manifest(folder)
+    check_integrity(folder, manifest)
+    report = read_parity(folder) if require_parity else None
+    options = EngineOptions(precision=precision, threads=threads, device=device)
+    if backend == "auto":
+        backend = fastest_backend(folder, manifest, report, options, require_parity=require_parity, cache=cache)
+    elif require_parity:
+        backends.adapter(backend)
+        check_parity(report, manifest, backend, precision)
+    engines = load_engines(folder, manifest, backend, options)
+    return LoadedPack(folder, manifest, manifest.sha256(), backend, precision, MappingProxyType(engines))
+
+
+def load_engines(folder: Path, manifest: Manifest, backend: str, options: EngineOptions) -> dict[str, Engine]:
+    """An engine for each graph; if one fails, those loaded before it are closed."""
+    engines: dict[str, Engine] = {}
+    try:
+        for graph in manifest.graphs:
+            engines[graph.name] = backends.load(folder / graph.file, manifest.name, graph, backend, options)
+    except BaseException:
+        for engine in engines.values():
+            engine.close()
+        raise
+    return engines

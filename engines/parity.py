@@ -1,0 +1,179 @@
+"""The parity report of a pack: how far each engine's outputs are from PyTorch's, on real clips.
+
+It is measured once, at export, per graph, backend and precision; the service reads it and refuses
+an engine that has none, or whose errors are over the manifest's bounds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engines.errors import ParityFailed, ParityMissing
+from engines.manifest import PARITY_FILE, GraphSpec, Manifest, Sha256
+
+Share = Annotated[float, Field(ge=0, le=1)]
+MIN_MASK_AGREEMENT = {"fp32": 0.999, "fp16": 0.99, "bf16": 0.97, "int8": 0.95}
+"""Smallest share of pixels on which a segmentation mask must agree with PyTorch's: rounding turns
+pixels whose two best classes are level, so a mask cannot be bounded by its largest error."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OutputParity(_Strict):
+    """One output tensor against the reference."""
+
+    tensor: str
+    """Name of the output."""
+    max_abs_error: Annotated[float, Field(ge=0)] | None = None
+    """Largest absolute difference; ``None`` for masks."""
+    mean_abs_error: Annotated[float, Field(ge=0)] | None = None
+    """Mean absolute difference; ``None`` for masks."""
+    top1_agreement: Share | None = None
+    """Share of samples with the same best label; logits only."""
+    mask_agreement: Share | None = None
+    """Share of equal pixels; masks only."""
+    mask_iou: Share | None = None
+    """Intersection over union, mean over the classes present; masks only."""
+
+
+class BatchLatency(_Strict):
+    """Time of one inference call."""
+
+    batch: Annotated[int, Field(ge=1)]
+    """Batch size."""
+    p50_ms: Annotated[float, Field(ge=0)]
+    """Median."""
+    p95_ms: Annotated[float, Field(ge=0)]
+    """95th percentile."""
+
+
+class GraphParity(_Strict):
+    """One graph on one backend at one precision."""
+
+    graph: str
+    """Name of the graph."""
+    onnx_sha256: Sha256
+    """The ONNX file that was measured."""
+    backend: str
+    """Backend."""
+    backend_version: str
+    """Version of its library."""
+    device: str
+    """What it ran on."""
+    precision: str
+    """Precision it ran in."""
+    threads: Annotated[int, Field(ge=1)]
+    """Threads of one inference."""
+    samples: Annotated[int, Field(ge=1)]
+    """Batch items compared."""
+    outputs: tuple[OutputParity, ...] = Field(min_length=1)
+    """Each output."""
+    latency: tuple[BatchLatency, ...] = ()
+    """Latency by batch size on the machine that measured."""
+    passed: bool
+    """Whether it was within the manifest's bounds."""
+
+    @property
+    def max_abs_error(self) -> float:
+        """Largest absolute difference over all float outputs."""
+        return max((out.max_abs_error for out in self.outputs if out.max_abs_error is not None), default=0.0)
+
+    @property
+    def mask_agreement(self) -> float:
+        """Smallest agreement over all masks; 1 when there is none."""
+        return min((out.mask_agreement for out in self.outputs if out.mask_agreement is not None), default=1.0)
+
+
+class ClipUsed(_Strict):
+    """A recording that inputs were cut from."""
+
+    name: str
+    """File name."""
+    sha256: Sha256
+    """Hash of the file."""
+    windows: Annotated[int, Field(ge=0)]
+    """Windows cut from it, over all branches."""
+
+
+class ParityReport(_Strict):
+    """``parity.json`` of a pack."""
+
+    schema_version: int = 1
+    pack: str
+    """Name of the pack."""
+    reference: str
+    """What the engines were compared with (``torch 2.13.0``)."""
+    machine: str
+    """Processor it was measured on."""
+    clips: tuple[ClipUsed, ...]
+    """Where the inputs came from."""
+    entries: tuple[GraphParity, ...]
+    """Every graph on every backend and precision measured."""
+
+    def entry(self, graph: GraphSpec, backend: str, precision: str) -> GraphParity | None:
+        """The entry for exactly this ONNX file, or ``None``."""
+        key = (graph.name, graph.sha256, backend, precision)
+        return next((e for e in self.entries if (e.graph, e.onnx_sha256, e.backend, e.precision) == key), None)
+
+
+def within_bounds(manifest: Manifest, precision: str, outputs: tuple[OutputParity, ...]) -> str | None:
+    """What is over the manifest's bounds, in words; ``None`` when nothing is."""
+    bounds = {str(name): bound for name, bound in manifest.parity_bounds.items()}
+    bound = bounds.get(precision)
+    if bound is None:
+        return f"the manifest sets no bound for precision {precision}"
+    for out in outputs:
+        if out.max_abs_error is not None and out.max_abs_error > bound:
+            return f"output {out.tensor} is off by {out.max_abs_error:.3g}, the bound is {bound:g}"
+        if out.mask_agreement is not None and out.mask_agreement < MIN_MASK_AGREEMENT[precision]:
+            return (
+                f"mask {out.tensor} agrees on {out.mask_agreement:.2%} of pixels, "
+                f"at least {MIN_MASK_AGREEMENT[precision]:.1%} are needed"
+            )
+    return None
+
+
+def check_parity(report: ParityReport | None, manifest: Manifest, backend: str, precision: str) -> None:
+    """Raise unless every graph of the pack has a passing entry for this backend and precision.
+
+    The errors are compared with the bounds again: a report's own verdict is not taken on trust.
+    Raises ``ParityMissing`` or ``ParityFailed``.
+    """
+    for graph in manifest.graphs:
+        where = f"pack {manifest.name}: graph {graph.name} on {backend} {precision}"
+        entry = report.entry(graph, backend, precision) if report is not None else None
+        if entry is None:
+            raise ParityMissing(
+                f"{where} has no parity report; export the pack again with {backend} installed, "
+                "choose another backend, or allow it with require_parity off"
+            )
+        problem = within_bounds(manifest, precision, entry.outputs)
+        if problem is None and not entry.passed:
+            problem = "the report says it did not pass"
+        if problem is not None:
+            raise ParityFailed(f"{where} differs from PyTorch: {problem}; choose another backend or precision")
+
+
+def read_parity(folder: Path) -> ParityReport | None:
+    """Read ``parity.json``; ``None`` when the pack has none. Raises ``ParityMissing`` when it does not validate."""
+    path = folder / PARITY_FILE
+    try:
+        return ParityReport.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParityMissing(f"cannot read {path}: {error}; export the pack again") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "report"
+        raise ParityMissing(f"{path}: {where}: {first['msg']}; export the pack again") from error
+
+
+def write_parity(folder: Path, report: ParityReport) -> None:
+    """Write ``parity.json`` into a pack folder."""
+    (folder / PARITY_FILE).write_text(report.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
