@@ -8,11 +8,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 from engines import backends
+from engines.auto import fastest_backend
 from engines.backends import EngineOptions
 from engines.errors import PackNotFound
 from engines.manifest import MANIFEST_FILE, Manifest, check_integrity, read_manifest
 from engines.parity import check_parity, read_parity
-from engines.select import fastest_backend
 from engines.types import Engine
 
 PACKS_FOLDER = "packs"

@@ -1,0 +1,155 @@
+"""OpenVINO on the CPU. The only file that imports it and catches its exceptions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from engines.backends import EngineOptions
+from engines.checks import PortShape, check_inputs, check_interface, check_outputs, zeros
+from engines.errors import BackendUnavailable, GraphLoadError, InferenceError
+from engines.manifest import GraphSpec, TensorSpec
+from engines.types import Array, EngineSpec, Tensors
+
+_DTYPES = {"u8": "uint8", "i64": "int64", "f32": "float32", "f16": "float16"}
+_PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+
+
+def _import_runtime() -> ModuleType:
+    """Import OpenVINO without its model converter.
+
+    ``import openvino`` pulls the converter in, which sends usage data over the network and writes into the home
+    folder. Nothing here needs it, and OpenVINO does without where it cannot be imported.
+    """
+    if "openvino" not in sys.modules:
+        sys.modules["openvino.tools.ovc"] = None  # type: ignore[assignment]
+        try:
+            import openvino
+        finally:
+            del sys.modules["openvino.tools.ovc"]
+    import openvino
+
+    return openvino  # type: ignore[no-any-return]
+
+
+_ov = _import_runtime()
+
+
+def version() -> str:
+    """Version of OpenVINO."""
+    return str(_ov.__version__).split("-")[0]
+
+
+@cache
+def _core() -> Any:
+    """The plugin registry; compiling on it is thread-safe."""
+    return _ov.Core()
+
+
+def load(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> OpenVinoEngine:
+    """Compile a graph of a pack.
+
+    Raises ``BackendUnavailable`` when device or precision are not there, ``GraphLoadError`` when the file is
+    refused, ``ManifestError`` when the graph is not what the manifest says.
+    """
+    _check_options(pack, graph.name, options)
+    try:
+        model = _core().read_model(str(path))
+        compiled = _core().compile_model(model, "CPU", _properties(options))
+        inputs, outputs = _ports(compiled.inputs, graph.inputs), _ports(compiled.outputs, graph.outputs)
+        request = compiled.create_infer_request()
+    except RuntimeError as error:
+        raise GraphLoadError(
+            f"pack {pack}: openvino {version()} cannot load graph {graph.name} ({path.name}): {_cause(error)}; "
+            "export the pack again, or choose backend onnxruntime"
+        ) from error
+    check_interface(pack, graph.name, graph.inputs, inputs, "input")
+    check_interface(pack, graph.name, graph.outputs, outputs, "output")
+    spec = EngineSpec(pack, graph.name, "openvino", "cpu", options.precision, graph.inputs, graph.outputs)
+    return OpenVinoEngine(request, spec)
+
+
+def _check_options(pack: str, graph: str, options: EngineOptions) -> None:
+    where = f"pack {pack}: graph {graph}"
+    if options.device != "cpu":
+        raise BackendUnavailable(f"{where}: openvino runs on device cpu here, not {options.device}; choose device cpu")
+    if options.precision not in _PRECISIONS:
+        raise BackendUnavailable(f"{where}: openvino runs fp32 or bf16, not {options.precision}; choose one of them")
+    if options.precision == "bf16" and "BF16" not in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise BackendUnavailable(f"{where}: this processor has no bf16 arithmetic; choose precision fp32")
+
+
+def _properties(options: EngineOptions) -> dict[str, object]:
+    return {
+        "INFERENCE_NUM_THREADS": options.threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": _PRECISIONS[options.precision],
+        # Pinning would put the engines of several threads onto the same core, and beside the decoders.
+        "ENABLE_CPU_PINNING": False,
+    }
+
+
+def _ports(ports: Sequence[Any], wanted: Sequence[TensorSpec]) -> dict[str, PortShape]:
+    """Ports by name. One can have several names, where OpenVINO found two tensors to be the same."""
+    known = {tensor.name for tensor in wanted}
+    found: dict[str, PortShape] = {}
+    for port in ports:
+        dtype = port.element_type.to_string()
+        shape = tuple(dim.get_length() if dim.is_static else None for dim in port.partial_shape)
+        for name in port.get_names() & known or {port.get_any_name()}:
+            found[name] = (_DTYPES.get(dtype, dtype), shape)
+    return found
+
+
+def _cause(error: RuntimeError) -> str:
+    """The telling line: OpenVINO puts source positions before and blank lines after it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    return (telling or lines or [type(error).__name__])[-1].rstrip(".")
+
+
+class OpenVinoEngine:
+    """A graph compiled by OpenVINO, with one inference request."""
+
+    def __init__(self, request: Any, spec: EngineSpec) -> None:
+        self._request = request
+        self._outputs = [tensor.name for tensor in spec.outputs]
+        self._spec = spec
+
+    @property
+    def spec(self) -> EngineSpec:
+        """See ``Engine``."""
+        return self._spec
+
+    def warmup(self, batch_sizes: Sequence[int]) -> None:
+        """See ``Engine``."""
+        for batch in batch_sizes:
+            self.infer(zeros(self._spec, batch))
+
+    def infer(self, inputs: Tensors) -> dict[str, Array]:
+        """See ``Engine``."""
+        if self._request is None:
+            raise InferenceError(f"pack {self._spec.pack}: graph {self._spec.graph} is closed")
+        check_inputs(self._spec, inputs)
+        shared = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        try:
+            # Inputs are read in place; outputs are copied out, since the request's own memory is used again.
+            values = self._request.infer(shared, share_inputs=True, share_outputs=False)
+            outputs: dict[str, Array] = {name: values[name] for name in self._outputs}
+        except RuntimeError as error:
+            raise InferenceError(
+                f"pack {self._spec.pack}: graph {self._spec.graph} failed on openvino: {_cause(error)}"
+            ) from error
+        check_outputs(self._spec, outputs)
+        return outputs
+
+    def close(self) -> None:
+        """See ``Engine``."""
+        self._request = None
