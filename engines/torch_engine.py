@@ -1,0 +1,91 @@
+"""PyTorch as an engine: the reference that the others are compared with, and a backend where a module is at hand.
+
+The only file of this package that imports torch; nothing imports it unless asked to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engines.backends import first_line
+from engines.checks import check_inputs, check_outputs, zeros
+from engines.errors import BackendUnavailable, GraphLoadError, InferenceError
+from engines.manifest import GraphSpec
+from engines.types import Array, EngineSpec, Tensors
+
+
+def version() -> str:
+    """Version of PyTorch."""
+    return str(torch.__version__)
+
+
+def load_exported(path: Path, pack: str, graph: GraphSpec, *, device: str = "cpu") -> TorchEngine:
+    """Load a graph from a ``torch.export`` archive (``.pt2``).
+
+    Raises ``GraphLoadError`` when the file is refused, ``BackendUnavailable`` when the device is not there.
+    """
+    try:
+        program = torch.export.load(path)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise GraphLoadError(
+            f"pack {pack}: torch {version()} cannot load graph {graph.name} ({path.name}): {first_line(error)}; "
+            "export it again with this version of torch"
+        ) from error
+    return TorchEngine(program.module(), pack, graph, device=device)
+
+
+class TorchEngine:
+    """A module that takes the graph's inputs by name and returns its outputs: one tensor, a sequence in the
+    order of the graph's outputs, or a mapping by name."""
+
+    def __init__(self, module: torch.nn.Module, pack: str, graph: GraphSpec, *, device: str = "cpu") -> None:
+        """Raises ``BackendUnavailable`` when the device is not there."""
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise BackendUnavailable(f"torch {version()} has no CUDA device here; choose device cpu")
+        self._module: torch.nn.Module | None = module.to(device)
+        self._device = device
+        self._spec = EngineSpec(pack, graph.name, "torch", device, "fp32", graph.inputs, graph.outputs)
+
+    @property
+    def spec(self) -> EngineSpec:
+        """See ``Engine``."""
+        return self._spec
+
+    def warmup(self, batch_sizes: Sequence[int]) -> None:
+        """See ``Engine``."""
+        for batch in batch_sizes:
+            self.infer(zeros(self._spec, batch))
+
+    def infer(self, inputs: Tensors) -> dict[str, Array]:
+        """See ``Engine``."""
+        where = f"pack {self._spec.pack}: graph {self._spec.graph}"
+        if self._module is None:
+            raise InferenceError(f"{where} is closed")
+        check_inputs(self._spec, inputs)
+        try:
+            # A copy, since torch warns of arrays that it may not write to.
+            tensors = {name: torch.from_numpy(np.array(array)).to(self._device) for name, array in inputs.items()}
+            with torch.inference_mode():
+                outputs = self._named(self._module(**tensors))
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise InferenceError(f"{where} failed on torch: {first_line(error)}") from error
+        check_outputs(self._spec, outputs)
+        return outputs
+
+    def _named(self, result: object) -> dict[str, Array]:
+        names = [tensor.name for tensor in self._spec.outputs]
+        if isinstance(result, torch.Tensor):
+            result = (result,)
+        if isinstance(result, Mapping):
+            result = tuple(result[name] for name in names)
+        if not isinstance(result, Sequence) or len(result) != len(names):
+            raise TypeError(f"the module must return {names}")
+        return {name: tensor.cpu().numpy() for name, tensor in zip(names, result, strict=True)}
+
+    def close(self) -> None:
+        """See ``Engine``."""
+        self._module = None
