@@ -1,0 +1,220 @@
+"""Demuxed packets of one video and one audio stream, decoded in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import av.error
+import numpy as np
+from av.audio.frame import AudioFrame
+from av.audio.stream import AudioStream
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Discard, Disposition, Stream
+from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+from stream.clock import NS_PER_S
+from stream.errors import SourceError
+from stream.ingest.assemble import Assembler, Tracks
+from stream.ingest.errors import Failure, failure
+from stream.ingest.resample import MonoResampler
+from stream.ingest.stats import DecodeStats
+
+BAD_PACKETS_LIMIT = 300
+"""Undecodable packets in a row (about 12 s of video) after which a source is given up."""
+BAD_READS_LIMIT = 100
+"""Failed reads in a row after which a source is given up."""
+_ARRIVALS_KEPT = 64
+"""More packets than any codec holds back to put frames in order."""
+
+MediaStream = VideoStream | AudioStream
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """The streams of a container that are decoded."""
+
+    video: VideoStream | None
+    audio: AudioStream | None
+
+    @property
+    def streams(self) -> tuple[MediaStream, ...]:
+        """Those that are there."""
+        return tuple(stream for stream in (self.video, self.audio) if stream is not None)
+
+    def tracks(self, sample_rate: int | None) -> Tracks:
+        """What the assembler has to know of them."""
+        return Tracks(
+            video=self.video is not None,
+            sample_rate=sample_rate if self.audio is not None else None,
+            frame_interval_ns=0 if self.video is None else frame_interval_ns(self.video),
+        )
+
+
+def select_streams(container: InputContainer, *, video: bool, audio: bool) -> Selected:
+    """FFmpeg's best video and audio stream that can be decoded; the others are not even read."""
+    best_video = container.streams.best("video") if video else None
+    best_audio = container.streams.best("audio") if audio else None
+    selected = Selected(
+        best_video if isinstance(best_video, VideoStream) and _is_moving(best_video) else None,
+        best_audio if isinstance(best_audio, AudioStream) and best_audio.codec_context is not None else None,
+    )
+    for stream in container.streams:
+        if stream.index not in [wanted.index for wanted in selected.streams]:
+            stream.discard = Discard.all
+    return selected
+
+
+def _is_moving(stream: VideoStream) -> bool:
+    cover = bool(stream.disposition & Disposition.attached_pic)
+    return stream.codec_context is not None and not cover
+
+
+def frame_interval_ns(stream: VideoStream) -> int:
+    """Nominal interval between frames; 0 when the stream does not say, or says something no camera does."""
+    rate = stream.average_rate or stream.guessed_rate
+    if not rate or rate > 1000:
+        return 0
+    return NS_PER_S * rate.denominator // rate.numerator
+
+
+class FrameRenderer:
+    """Scales decoded frames and converts them to RGB; one scaler is kept for each size."""
+
+    def __init__(self) -> None:
+        self._scalers: dict[tuple[int, int], VideoReformatter] = {}
+
+    def render(self, frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
+        """uint8 ``[height, width, 3]`` RGB, without a copy where FFmpeg's rows lie without gaps."""
+        scaler = self._scalers.get((width, height))
+        if scaler is None:
+            scaler = self._scalers[width, height] = VideoReformatter()
+        scaled = scaler.reformat(
+            frame, width, height, format="rgb24", interpolation=Interpolation.FAST_BILINEAR, threads=1
+        )
+        plane = scaled.planes[0]
+        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)
+        return np.ascontiguousarray(rows[:, : width * 3]).reshape(height, width, 3)
+
+
+def read_packets(
+    container: InputContainer,
+    streams: tuple[MediaStream, ...],
+    stats: DecodeStats,
+    on_silence: Callable[[], None],
+) -> Iterator[Packet[Stream]]:
+    """Packets until the end of the stream, then the empty ones that flush the decoders.
+
+    ``on_silence`` is called when a read timed out, and ends the reading by raising. Damaged data is skipped and
+    counted. Raises ``av.error.FFmpegError`` when the input fails.
+    """
+    bad_reads = 0
+    while True:
+        try:
+            for packet in container.demux(streams):
+                bad_reads = 0
+                stats.packets += packet.size > 0
+                yield packet
+            return
+        except (av.error.ExitError, av.error.TimeoutError, av.error.BlockingIOError):
+            on_silence()
+        except av.error.InvalidDataError:
+            stats.corrupt_packets += 1
+            bad_reads += 1
+            if bad_reads >= BAD_READS_LIMIT:
+                raise
+
+
+class Decoder:
+    """Decodes packets and hands pictures and samples to an assembler."""
+
+    def __init__(
+        self,
+        source_id: str,
+        url: str,
+        selected: Selected,
+        sample_rate: int | None,
+        assembler: Assembler[VideoFrame],
+        stats: DecodeStats,
+    ) -> None:
+        self._source_id = source_id
+        self._url = url
+        self._assembler = assembler
+        self._stats = stats
+        self._audio_index = -1 if selected.audio is None else selected.audio.index
+        self._resampler = MonoResampler(sample_rate) if sample_rate is not None else None
+        self._arrivals: dict[int, int] = {}
+        self._video_ns = 0
+        self._bad_run = 0
+        if selected.video is not None:
+            # Threads inside the decoder cost CPU time and, by frames, latency; sources run side by side instead.
+            selected.video.codec_context.thread_count = 1
+            assert selected.video.time_base is not None
+            self._multiply = selected.video.time_base.numerator * NS_PER_S
+            self._divide = selected.video.time_base.denominator
+        self._interval_ns = frame_interval_ns(selected.video) if selected.video is not None else 0
+
+    def feed(self, packet: Packet[Stream], arrival_ns: int) -> None:
+        """Decode a packet; a damaged one is skipped and counted. Raises ``SourceError`` after too many of them."""
+        is_audio = packet.stream_index == self._audio_index
+        if not is_audio and packet.pts is not None:
+            self._remember(packet.pts, arrival_ns)
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError:
+            self._count_bad()
+            return
+        if frames:
+            self._bad_run = 0
+        for frame in frames:
+            if isinstance(frame, VideoFrame):
+                self._video(frame, arrival_ns)
+            elif isinstance(frame, AudioFrame):
+                self._audio(frame, arrival_ns)
+
+    def finish(self, reason: str, arrival_ns: int) -> None:
+        """Flush and end the epoch."""
+        if self._resampler is not None:
+            self._hand_on(self._resampler.flush(), arrival_ns)
+        self._assembler.end(reason, arrival_ns)
+
+    def _remember(self, pts: int, arrival_ns: int) -> None:
+        """Frames leave the decoder in another order than their packets came."""
+        if len(self._arrivals) >= _ARRIVALS_KEPT:
+            self._arrivals.clear()
+        self._arrivals[pts] = arrival_ns
+
+    def _count_bad(self) -> None:
+        self._stats.corrupt_packets += 1
+        self._bad_run += 1
+        if self._bad_run >= BAD_PACKETS_LIMIT:
+            raise failure(self._source_id, self._url, Failure.CORRUPT)
+
+    def _video(self, frame: VideoFrame, arrival_ns: int) -> None:
+        pts = frame.pts if frame.pts is not None else frame.dts
+        if pts is None:
+            pts_ns = self._video_ns + (self._interval_ns or NS_PER_S // 25)
+        else:
+            pts_ns = pts * self._multiply // self._divide
+            arrival_ns = self._arrivals.pop(pts, arrival_ns)
+        self._video_ns = pts_ns
+        self._assembler.video(pts_ns, arrival_ns, (frame.width, frame.height, frame.format.name), frame)
+
+    def _audio(self, frame: AudioFrame, arrival_ns: int) -> None:
+        assert self._resampler is not None
+        restarts = self._resampler.restarts
+        self._hand_on(self._resampler.feed(frame), arrival_ns)
+        self._stats.resyncs += self._resampler.restarts - restarts
+
+    def _hand_on(self, runs: list[tuple[int, NDArray[np.float32]]], arrival_ns: int) -> None:
+        for pts_ns, samples in runs:
+            self._assembler.audio(pts_ns, arrival_ns, samples)
+
+
+def nothing_decoded(source_id: str, url: str, stats: DecodeStats) -> SourceError:
+    """The error for a source that ended without one frame or sample."""
+    return failure(source_id, url, Failure.CORRUPT if stats.corrupt_packets else Failure.EMPTY)
