@@ -49,7 +49,7 @@ class Batcher:
     """Slots for closed windows, and the choice among them.
 
     ``depth`` is how many windows of one source and branch may wait. A live source's slot then drops its oldest
-    window; a recording's slot says it is full (``has_room``) and its reader waits.
+    window; a recording is read no faster than its windows are computed, so its slots never overflow.
     """
 
     def __init__(self, max_batch: int, depth: int, ledger: Ledger) -> None:
@@ -62,31 +62,20 @@ class Batcher:
     def __len__(self) -> int:
         return sum(len(slot.waiting) for slot in self._slots.values())
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing waits and nothing is being computed."""
-        return not any(slot.waiting or slot.in_flight for slot in self._slots.values())
-
-    def has_room(self, source_id: str) -> bool:
-        """Whether every slot of a source can take another window without dropping one."""
-        return all(len(slot.waiting) < self._depth for (source, _), slot in self._slots.items() if source == source_id)
-
-    def busy(self, source_id: str) -> bool:
-        """Whether a source has windows that wait or are being computed."""
-        return any(slot.waiting or slot.in_flight for (source, _), slot in self._slots.items() if source == source_id)
-
-    def offer(self, window: ClipWindow, deadline_ns: int, *, live: bool) -> None:
-        """Put a closed window in its slot; a live source's full slot drops its oldest one."""
+    def offer(self, window: ClipWindow, deadline_ns: int, *, live: bool) -> list[ClipWindow]:
+        """Put a closed window in its slot; returns the windows dropped for it from a live source's full slot."""
         key = window.key
         lane = (key.pack, key.branch)
         slot = self._slots.setdefault((key.source_id, lane), _Slot(live))
         hop = self._ledger.hop(key.source_id, STAGE)
         slot.live = live
         hop.entered += 1
-        if live and len(slot.waiting) >= self._depth:
-            slot.waiting.popleft()
+        dropped = []
+        while live and len(slot.waiting) >= self._depth:
+            dropped.append(slot.waiting.popleft()[2])
             hop.drop("stale")
         slot.waiting.append((deadline_ns, next(self._tick), window))
+        return dropped
 
     def take(self) -> Batch | None:
         """The next batch, or ``None`` when nothing is ready."""

@@ -63,6 +63,13 @@ class Channel(Generic[T]):
             self._items.append(item)
             self._signal()
 
+    def put_now(self, item: T) -> None:
+        """Add a control item whatever the bound, and even after ``stop``. From any thread."""
+        with self._changed:
+            self._hop.entered += 1
+            self._items.append(item)
+            self._signal()
+
     def _drop_oldest(self) -> None:
         for position, item in enumerate(self._items):
             if self._droppable(item):

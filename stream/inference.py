@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from engines.open import LoadedPack
 from numpy.typing import NDArray
 
 from engines.manifest import Branch, Head, HeadKind, Mode
+from engines.open import LoadedPack
 from engines.types import Array, Engine
 from stream.types import ClipWindow, Frame, Prediction
 
@@ -224,4 +224,4 @@ def activate(head: Head, logits: Array) -> NDArray[np.float32]:
     else:
         exp = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
         result = exp / exp.sum(axis=-1, keepdims=True)
-    return result.astype(np.float32)
+    return np.asarray(result, np.float32)

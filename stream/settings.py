@@ -168,6 +168,17 @@ class WindowSettings(_Section):
     """How long a window waits for the late modality after the other has passed its end."""
 
 
+class RetrySettings(_Section):
+    """How a lost source is tried again."""
+
+    first_s: Seconds = 0.25
+    """Wait after the first failure; it doubles with each further one."""
+    max_s: Seconds = 2.0
+    """Longest wait."""
+    give_up: bool = False
+    """Fail a source that cannot be reached at the first try, instead of trying on."""
+
+
 class SpoolSettings(_Section):
     """Events kept on disk while Redis is away."""
 
@@ -204,6 +215,7 @@ class Settings(BaseSettings):
     events: EventSettings = EventSettings()
     windows: WindowSettings = WindowSettings()
     spool: SpoolSettings = SpoolSettings()
+    retry: RetrySettings = RetrySettings()
     shutdown_grace_s: Seconds = 10.0
 
     @model_validator(mode="after")

@@ -35,6 +35,8 @@ from stream.types import (
 
 SNAP_NS = 5_000_000
 """Audio whose pts is this close to where the last chunk ended follows it without a seam: containers round pts."""
+RECORDING_GRACE_NS = 5 * NS_PER_S
+"""Media time a recording's late modality is given at least: files interleave coarsely, and nobody waits."""
 
 
 class FrameTrack:
@@ -377,7 +379,7 @@ class SourceWindows:
         match item:
             case EpochStart():
                 closed = self._finish(now_ns)
-                grace = self._grace if item.live else Grace(self._grace.media_ns, None)
+                grace = self._grace if item.live else Grace(max(self._grace.media_ns, RECORDING_GRACE_NS), None)
                 self._cutters = [
                     WindowCutter(watch.pack, watch.branch, item, grace, self._ledger) for watch in self._watches
                 ]

@@ -1,0 +1,202 @@
+"""Keeps a source running: the only place that retries."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from stream.channel import Channel
+from stream.clock import NS_PER_S, Clock
+from stream.errors import SourceError
+from stream.settings import RetrySettings
+from stream.types import EpochEnd, EpochStart, MediaItem, Source, Stopped
+
+log = logging.getLogger(__name__)
+
+STABLE_S = 10.0
+"""A source that stayed live this long begins its back-off anew."""
+
+
+class SourceState(StrEnum):
+    """Where a source is in its life."""
+
+    CONNECTING = "connecting"
+    LIVE = "live"
+    BACKING_OFF = "backing_off"
+    ENDED = "ended"
+    FAILED = "failed"
+
+
+@dataclass(slots=True, eq=False)
+class SourceStatus:
+    """What is known of a source right now."""
+
+    state: SourceState = SourceState.CONNECTING
+    since_ns: int = 0
+    """When it got into this state (monotonic)."""
+    cause: str = ""
+    """One line on the last failure."""
+    attempts: int = 0
+    """Connection attempts since it was last live."""
+    reconnects: dict[str, int] = field(default_factory=dict)
+    """Losses by reason."""
+    error: SourceError | None = None
+    """Why it failed for good."""
+
+
+def backoff_s(retry: RetrySettings, failures: int, jitter: float) -> float:
+    """Wait before the next attempt: doubles with each failure, up to a limit; ``jitter`` 0..1 takes off up to half."""
+    full = min(retry.max_s, retry.first_s * 2.0 ** min(failures - 1, 30))
+    return full * (1 - jitter / 2)
+
+
+class Supervisor:
+    """Runs one source in its own thread, again and again, until it ends, fails for good, or is stopped.
+
+    ``open_source(first_epoch)`` makes a fresh source whose first epoch has that number.
+    ``on_change(status, previous)`` is told of each change of state.
+    """
+
+    def __init__(
+        self,
+        source_id: str,
+        open_source: Callable[[int], Source],
+        channel: Channel[MediaItem],
+        retry: RetrySettings,
+        clock: Clock,
+        on_change: Callable[[SourceStatus, SourceState], None],
+        rng: random.Random | None = None,
+    ) -> None:
+        self.source_id = source_id
+        self.status = SourceStatus(since_ns=clock.monotonic_ns())
+        self.source: Source | None = None
+        self._open_source = open_source
+        self._channel = channel
+        self._retry = retry
+        self._clock = clock
+        self._on_change = on_change
+        self._rng = rng or random.Random()
+        self._stop = threading.Event()
+        self._stopping = asyncio.Event()
+        self._next_epoch = 0
+        self._open_epoch: int | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def stop(self) -> None:
+        """End the source; ``run`` returns soon after."""
+        self._stop.set()
+        self._stopping.set()
+        self._channel.stop()
+
+    async def run(self) -> None:
+        """Returns when the source has ended, failed or been stopped; the channel is closed then."""
+        failures = 0
+        try:
+            while not self._stop.is_set():
+                self._set(SourceState.CONNECTING)
+                self.status.attempts += 1
+                error = await self._attempt()
+                if error is None or self._stop.is_set():
+                    break
+                if self._was_stable():
+                    failures = 0
+                failures += 1
+                self.status.reconnects[error.reason] = self.status.reconnects.get(error.reason, 0) + 1
+                if not error.retryable or (self._retry.give_up and self._next_epoch == 0):
+                    self.status.error = error
+                    self._set(SourceState.FAILED, str(error))
+                    return
+                wait_s = backoff_s(self._retry, failures, self._rng.random())
+                self._set(SourceState.BACKING_OFF, str(error))
+                await self._sleep(wait_s)
+            self._set(SourceState.ENDED)
+        finally:
+            self._channel.close()
+
+    def _was_stable(self) -> bool:
+        lived_ns = self._clock.monotonic_ns() - self.status.since_ns
+        return self.status.state is SourceState.LIVE and lived_ns >= STABLE_S * NS_PER_S
+
+    async def _sleep(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        except TimeoutError:
+            return
+
+    async def _attempt(self) -> SourceError | None:
+        """One run of the source on a thread of its own; the error that ended it."""
+        ended: asyncio.Future[SourceError | None] = self._loop.create_future()
+        try:
+            self.source = source = self._open_source(self._next_epoch)
+        except SourceError as refused:
+            return refused
+        thread = threading.Thread(
+            target=self._run_source, args=(source, ended), name=f"source-{self.source_id}", daemon=True
+        )
+        thread.start()
+        try:
+            error = await asyncio.shield(ended)
+        except asyncio.CancelledError:
+            self.stop()
+            raise
+        finally:
+            await asyncio.to_thread(thread.join)
+        self._end_open_epoch("removed" if self._stop.is_set() else "lost" if error else "end_of_stream")
+        return error
+
+    def _run_source(self, source: Source, ended: asyncio.Future[SourceError | None]) -> None:
+        outcome: SourceError | None = None
+        bug: Exception | None = None
+        try:
+            source.run(self._emit, self._stop)
+        except Stopped:
+            pass
+        except SourceError as lost:
+            outcome = lost
+        except Exception as unforeseen:  # noqa: BLE001 - handed to the awaiting task, which raises it
+            bug = unforeseen
+        self._loop.call_soon_threadsafe(_settle, ended, outcome, bug)
+
+    def _emit(self, item: MediaItem) -> None:
+        """Called on the source's thread."""
+        if isinstance(item, EpochStart):
+            self._open_epoch = item.epoch
+            self._next_epoch = item.epoch + 1
+            self._loop.call_soon_threadsafe(self._set, SourceState.LIVE)
+        elif isinstance(item, EpochEnd):
+            self._open_epoch = None
+        self._channel.put(item)
+
+    def _end_open_epoch(self, reason: str) -> None:
+        """A source that broke off could not say so itself."""
+        if self._open_epoch is not None:
+            self._channel.put_now(EpochEnd(self.source_id, self._open_epoch, reason, self._clock.monotonic_ns()))
+            self._open_epoch = None
+
+    def _set(self, state: SourceState, cause: str | None = None) -> None:
+        status = self.status
+        previous = status.state
+        if cause is not None:
+            status.cause = cause
+        if state is SourceState.LIVE:
+            status.attempts = 0
+        if state is previous and state is not SourceState.CONNECTING:
+            return
+        status.state = state
+        status.since_ns = self._clock.monotonic_ns()
+        self._on_change(status, previous)
+
+
+def _settle(ended: asyncio.Future[SourceError | None], outcome: SourceError | None, bug: Exception | None) -> None:
+    if ended.done():
+        return
+    if bug is not None:
+        ended.set_exception(bug)
+    else:
+        ended.set_result(outcome)
