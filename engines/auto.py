@@ -6,22 +6,26 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engines import backends
-from engines.backends import EngineOptions
-from engines.errors import BackendUnavailable, EngineError, ParityFailed, ParityMissing
-from engines.manifest import Manifest, Mode
+from engines.backends import EngineOptions, first_line
+from engines.cache import write_atomically
+from engines.errors import BackendUnavailable, EngineError, GraphLoadError, ParityFailed, ParityMissing
+from engines.machine import machine_id
+from engines.manifest import Manifest, Mode, read_manifest
 from engines.measure import random_batch, time_batch
 from engines.parity import ParityReport, check_parity
 
 _log = logging.getLogger(__name__)
 _BATCHES = (1, 4)
 _REPEATS = 7
+_TIMEOUT_S = 120
 
 
 class _Choice(BaseModel):
@@ -39,7 +43,7 @@ def fastest_backend(
     options: EngineOptions,
     *,
     require_parity: bool = True,
-    cache: Path | None = None,
+    cache: Path,
 ) -> str:
     """Name of the installed backend that runs the pack fastest with these options on this machine.
 
@@ -53,7 +57,7 @@ def fastest_backend(
     if len(candidates) == 1:
         return candidates[0]
     key = _key(manifest, options, {name: versions[name] for name in candidates})
-    path = (cache or user_cache()) / "auto" / f"{key}.json"
+    path = cache / "auto" / f"{key}.json"
     if (remembered := _recall(path)) in candidates:
         return remembered
     choice = _measure(folder, manifest, options, candidates)
@@ -79,9 +83,10 @@ def _measure(folder: Path, manifest: Manifest, options: EngineOptions, candidate
     failure: EngineError | None = None
     for backend in candidates:
         try:
-            times[backend] = _ms_per_second(folder, manifest, backend, options)
+            times[backend] = _measure_apart(folder, manifest, backend, options)
         except EngineError as error:
             failure = error
+            _log.warning("%s", error)
     if not times:
         raise failure or BackendUnavailable(f"pack {manifest.name}: no backend could be measured")
     best = min(times, key=lambda name: times[name])
@@ -89,8 +94,30 @@ def _measure(folder: Path, manifest: Manifest, options: EngineOptions, candidate
     return _Choice(backend=best, ms_per_second=times)
 
 
-def _ms_per_second(folder: Path, manifest: Manifest, backend: str, options: EngineOptions) -> float:
-    """Engine milliseconds that one second of one source costs, mean over the batch sizes."""
+def _measure_apart(folder: Path, manifest: Manifest, backend: str, options: EngineOptions) -> float:
+    """Measure in a process of its own: the library of a backend that is not chosen would stay in memory."""
+    root = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    request = [str(folder.resolve()), backend, options.precision, str(options.threads), options.device]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "engines.auto", *request],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=True,
+        )
+        return float(done.stdout)
+    except subprocess.CalledProcessError as error:
+        cause = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        cause = first_line(error)
+    raise GraphLoadError(f"pack {manifest.name}: backend {backend} cannot be measured: {cause}; choose a backend")
+
+
+def ms_per_second(folder: Path, manifest: Manifest, backend: str, options: EngineOptions) -> float:
+    """Engine milliseconds that one second of one source costs, mean over batch sizes. Raises an ``EngineError``."""
     total = 0.0
     for name, rate in calls_per_second(manifest).items():
         graph = manifest.graph(name)
@@ -133,36 +160,14 @@ def _remember(path: Path, choice: _Choice) -> None:
         _log.warning("cannot remember the choice of backend in %s (%s); it is measured again next time", path, error)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees all of it or the one before. Raises ``OSError``."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+def main(folder: str, backend: str, precision: str, threads: str, device: str) -> None:
+    """Print what ``ms_per_second`` finds; exit with the error's message where it fails."""
+    options = EngineOptions(precision=precision, threads=int(threads), device=device)
     try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        print(ms_per_second(Path(folder), read_manifest(Path(folder)), backend, options))
+    except EngineError as error:
+        sys.exit(str(error))
 
 
-def user_cache() -> Path:
-    """``$XDG_CACHE_HOME/sightwire``, by default under ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sightwire"
-
-
-def cpu_model() -> str:
-    """Name of the processor."""
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
-
-
-def machine_id() -> str:
-    """Tells apart processors on which a choice may differ: model, instruction sets and number of cores."""
-    parts = (platform.machine(), cpu_model(), _cpuinfo().get("flags", ""), str(os.cpu_count()))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _cpuinfo() -> dict[str, str]:
-    """Fields of the first processor; empty where there is no /proc."""
-    try:
-        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
-    except OSError:
-        return {}
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+if __name__ == "__main__":
+    main(*sys.argv[1:])

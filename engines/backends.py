@@ -6,8 +6,11 @@ imported here, on demand, so that none of the libraries is needed until it is as
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -27,7 +30,7 @@ class EngineOptions:
     device: str = "cpu"
     """``cpu`` or ``cuda``."""
     cache_dir: Path | None = None
-    """Where compiled engines may be kept; ``None`` compiles every time."""
+    """Where compiled engines may be kept; ``None`` compiles every time, which pays up to about a second."""
 
 
 class Adapter(Protocol):
@@ -45,14 +48,75 @@ class Adapter(Protocol):
 @dataclass(frozen=True, slots=True)
 class _Backend:
     module: str
+    """Adapter."""
     library: str
-    """What to import to learn whether it is there."""
+    """What the adapter imports."""
+    distributions: tuple[str, ...]
+    """Packages that bring it."""
     remedy: str
 
 
 _BACKENDS = {
-    "onnxruntime": _Backend("engines.onnx_engine", "onnxruntime", "pip install onnxruntime"),
-    "openvino": _Backend("engines.openvino_engine", "openvino", "pip install 'sightwire[openvino]'"),
+    "onnxruntime": _Backend(
+        "engines.onnx_engine", "onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "pip install onnxruntime"
+    ),
+    "openvino": _Backend("engines.openvino_engine", "openvino", ("openvino",), "pip install 'sightwire[openvino]'"),
+}
+BACKENDS = tuple(_BACKENDS)
+"""Backends that load a pack's ONNX files."""
+
+
+def adapter(backend: str) -> Adapter:
+    """The backend's module, imported. Raises ``BackendUnavailable``."""
+    known = _BACKENDS.get(backend)
+    if known is None:
+        raise BackendUnavailable(f"no backend {backend!r}; choose auto or one of {', '.join(BACKENDS)}")
+    try:
+        return cast(Adapter, importlib.import_module(known.module))
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"backend {backend} is not usable: {first_line(error)}; {known.remedy}, or choose another backend"
+        ) from error
+
+
+def installed() -> dict[str, str]:
+    """Version of each backend whose library is there. Imports none of them: each costs memory and time."""
+    return {name: found for name, backend in _BACKENDS.items() if (found := _version(backend)) is not None}
+
+
+def _version(backend: _Backend) -> str | None:
+    try:
+        if importlib.util.find_spec(backend.library) is None:
+            return None
+    except ValueError:  # The import is blocked.
+        return None
+    for name in backend.distributions:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return "unknown"
+
+
+def load(self, path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Engine:
+    """Load a graph. Raises ``BackendUnavailable``, ``GraphLoadError`` or ``ManifestError``."""
+    ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Backend:
+    module: str
+    """Adapter."""
+    library: str
+    """What the adapter imports."""
+    distributions: tuple[str, ...]
+    """Packages that bring it."""
+    remedy: str
+
+
+_BACKENDS = {
+    "onnxruntime": _Backend(
+        "engines.onnx_engine", "onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "pip install onnxruntime"
+    ),
+    "openvino": _Backend("engines.openvino_engine", "openvino", ("openvino",), "pip install 'sightwire[openvino]'"),
 }
 BACKENDS = tuple(_BACKENDS)
 """Backends that load a pack's ONNX files."""

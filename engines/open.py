@@ -10,6 +10,7 @@ from types import MappingProxyType
 from engines import backends
 from engines.auto import fastest_backend
 from engines.backends import EngineOptions
+from engines.cache import user_cache
 from engines.errors import PackNotFound
 from engines.manifest import MANIFEST_FILE, Manifest, check_integrity, read_manifest
 from engines.parity import check_parity, read_parity
@@ -68,12 +69,14 @@ def open_pack(
     device: str = "cpu",
     require_parity: bool = True,
     cache: Path | None = None,
+    keep_compiled: bool = False,
 ) -> LoadedPack:
     """Load every graph of the pack in ``folder`` on one backend.
 
     Call it once for each engine thread: engines have one owner. ``auto`` takes the fastest installed
-    backend, measured once on this machine and remembered under ``cache`` (the user's cache folder by
-    default). Engines without passing parity are refused unless ``require_parity`` is off.
+    backend, measured once on this machine and remembered under ``cache`` (by default the user's cache
+    folder); ``keep_compiled`` keeps compiled engines there too. Engines without passing parity are
+    refused unless ``require_parity`` is off.
 
     Raises ``PackNotFound``, ``ManifestError``, ``PackIntegrityError``, ``BackendUnavailable``,
     ``GraphLoadError``, ``ParityMissing`` or ``ParityFailed``.
@@ -81,7 +84,9 @@ def open_pack(
     manifest = read_manifest(folder)
     check_integrity(folder, manifest)
     report = read_parity(folder) if require_parity else None
-    options = EngineOptions(precision=precision, threads=threads, device=device)
+    cache = cache or user_cache()
+    compiled = cache / "engines" if keep_compiled else None
+    options = EngineOptions(precision=precision, threads=threads, device=device, cache_dir=compiled)
     if backend == "auto":
         backend = fastest_backend(folder, manifest, report, options, require_parity=require_parity, cache=cache)
     elif require_parity:

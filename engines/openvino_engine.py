@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -12,11 +13,14 @@ from typing import Any
 import numpy as np
 
 from engines.backends import EngineOptions
+from engines.cache import ArtifactCache, CacheKey
 from engines.checks import PortShape, check_inputs, check_interface, check_outputs, zeros
 from engines.errors import BackendUnavailable, GraphLoadError, InferenceError
+from engines.machine import machine_id
 from engines.manifest import GraphSpec, TensorSpec
 from engines.types import Array, EngineSpec, Tensors
 
+_log = logging.getLogger(__name__)
 _DTYPES = {"u8": "uint8", "i64": "int64", "f32": "float32", "f16": "float16"}
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -60,8 +64,7 @@ def load(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Ope
     """
     _check_options(pack, graph.name, options)
     try:
-        model = _core().read_model(str(path))
-        compiled = _core().compile_model(model, "CPU", _properties(options))
+        compiled = _compiled(path, graph, options)
         inputs, outputs = _ports(compiled.inputs, graph.inputs), _ports(compiled.outputs, graph.outputs)
         request = compiled.create_infer_request()
     except RuntimeError as error:
@@ -83,6 +86,33 @@ def _check_options(pack: str, graph: str, options: EngineOptions) -> None:
         raise BackendUnavailable(f"{where}: openvino runs fp32 or bf16, not {options.precision}; choose one of them")
     if options.precision == "bf16" and "BF16" not in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise BackendUnavailable(f"{where}: this processor has no bf16 arithmetic; choose precision fp32")
+
+
+def _compiled(path: Path, graph: GraphSpec, options: EngineOptions) -> Any:
+    """A compiled model, from the cache where there is one."""
+    properties = _properties(options)
+    if options.cache_dir is None:
+        return _core().compile_model(str(path), "CPU", properties)
+    cached = ArtifactCache(options.cache_dir)
+    key = CacheKey(
+        graph.sha256,
+        "openvino",
+        str(_ov.__version__),
+        machine_id(),
+        f"{options.precision}x{options.threads}",
+        "dynamic",
+    )
+    if (blob := cached.get(key)) is not None:
+        try:
+            return _core().import_model(blob, "CPU", properties)
+        except RuntimeError as error:
+            _log.warning("cached engine of graph %s is refused (%s); compiling it again", graph.name, _cause(error))
+    compiled = _core().compile_model(str(path), "CPU", properties)
+    try:
+        cached.put(key, compiled.export_model().getvalue())
+    except OSError as error:
+        _log.warning("cannot keep the compiled engine of graph %s: %s", graph.name, error)
+    return compiled
 
 
 def _properties(options: EngineOptions) -> dict[str, object]:

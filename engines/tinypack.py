@@ -18,7 +18,6 @@ Writing it needs the ``onnx`` package (extra ``train``); running it does not.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 
 from engines import backends
 from engines.errors import BackendUnavailable
+from engines.machine import cpu_model
 from engines.manifest import (
     AudioInput,
     Branch,
@@ -303,7 +303,7 @@ def _measured(folder: Path, manifest: Manifest, batch_sizes: Sequence[int] = (1,
     return ParityReport(
         pack=manifest.name,
         reference=f"numpy {np.__version__}",
-        machine=platform.machine(),
+        machine=cpu_model(),
         clips=(),
         entries=tuple(entries),
     )
