@@ -96,57 +96,6 @@ def _version(backend: _Backend) -> str | None:
     return "unknown"
 
 
-def load(self, path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Engine:
-    """Load a graph. Raises ``BackendUnavailable``, ``GraphLoadError`` or ``ManifestError``."""
-    ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Backend:
-    module: str
-    """Adapter."""
-    library: str
-    """What the adapter imports."""
-    distributions: tuple[str, ...]
-    """Packages that bring it."""
-    remedy: str
-
-
-_BACKENDS = {
-    "onnxruntime": _Backend(
-        "engines.onnx_engine", "onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "pip install onnxruntime"
-    ),
-    "openvino": _Backend("engines.openvino_engine", "openvino", ("openvino",), "pip install 'sightwire[openvino]'"),
-}
-BACKENDS = tuple(_BACKENDS)
-"""Backends that load a pack's ONNX files."""
-
-
-def adapter(backend: str) -> Adapter:
-    """The backend's module, imported. Raises ``BackendUnavailable``."""
-    known = _BACKENDS.get(backend)
-    if known is None:
-        raise BackendUnavailable(f"no backend {backend!r}; choose auto or one of {', '.join(BACKENDS)}")
-    try:
-        return cast(Adapter, importlib.import_module(known.module))
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"backend {backend} is not usable: {first_line(error)}; {known.remedy}, or choose another backend"
-        ) from error
-
-
-def installed() -> dict[str, str]:
-    """Version of each backend whose library can be imported."""
-    return {name: found for name in BACKENDS if (found := _version_or_none(name)) is not None}
-
-
-def _version_or_none(backend: str) -> str | None:
-    try:
-        return adapter(backend).version()
-    except BackendUnavailable:
-        return None
-
-
 def load(path: Path, pack: str, graph: GraphSpec, backend: str, options: EngineOptions) -> Engine:
     """Load one graph on a backend. Raises an ``EngineError``."""
     return adapter(backend).load(path, pack, graph, options)
