@@ -1,9 +1,9 @@
 """Which windows run next. Sans-I/O: windows in, batches out, no waiting and no clock.
 
 Closed windows wait in one slot per source and branch. When an engine is free it takes what is ready, up to
-the largest batch, earliest deadline first. A batch gives each source one window before it gives any source
-a second, so no source can crowd out another. A source whose windows are being computed is left alone until
-they are done, which keeps its predictions in order.
+the largest batch. The branch whose oldest window is due first goes first; within it every source has an equal
+share of what is served, the earliest deadline first among equals, so no source can crowd out another. A source
+whose windows are being computed is left alone until they are done, which keeps its predictions in order.
 """
 
 from __future__ import annotations
@@ -37,12 +37,33 @@ class Batch:
         return frozenset(window.key.source_id for window in self.windows)
 
 
+Turn = tuple[int, int]
+"""Place in line: deadline, then order of arrival."""
+
+
 @dataclass(slots=True, eq=False)
-class _Slot:
-    live: bool
-    waiting: deque[tuple[int, int, ClipWindow]] = field(default_factory=deque)
-    """Deadline, arrival number, window; oldest first."""
-    in_flight: bool = False
+class Slot:
+    """Windows of one source and branch that wait, oldest first, and their turns."""
+
+    windows: deque[ClipWindow] = field(default_factory=deque)
+    turns: deque[Turn] = field(default_factory=deque)
+    served: int = 0
+    """Windows taken from it, counted so that a source that was idle has no credit for it."""
+
+    def push(self, window: ClipWindow, turn: Turn) -> None:
+        """Queue a window at the end."""
+        self.windows.append(window)
+        self.turns.append(turn)
+
+    def pop(self) -> ClipWindow:
+        """Take the oldest window and its turn."""
+        self.turns.popleft()
+        return self.windows.popleft()
+
+    def drop_oldest(self) -> ClipWindow:
+        """Drop the oldest window but leave its turn to the next, or a crowded source would lose its place for ever."""
+        self.turns.pop()
+        return self.windows.popleft()
 
 
 class Batcher:
@@ -56,60 +77,58 @@ class Batcher:
         self._max_batch = max_batch
         self._depth = depth
         self._ledger = ledger
-        self._slots: dict[tuple[str, Lane], _Slot] = {}
+        self._slots: dict[tuple[str, Lane], Slot] = {}
+        self._in_flight: set[tuple[str, Lane]] = set()
+        self._served: dict[Lane, int] = {}
         self._tick = count()
 
     def __len__(self) -> int:
-        return sum(len(slot.waiting) for slot in self._slots.values())
+        return sum(len(slot.windows) for slot in self._slots.values())
 
     def offer(self, window: ClipWindow, deadline_ns: int, *, live: bool) -> list[ClipWindow]:
         """Put a closed window in its slot; returns the windows dropped for it from a live source's full slot."""
         key = window.key
         lane = (key.pack, key.branch)
-        slot = self._slots.setdefault((key.source_id, lane), _Slot(live))
+        slot = self._slots.setdefault((key.source_id, lane), Slot())
         hop = self._ledger.hop(key.source_id, STAGE)
-        slot.live = live
         hop.entered += 1
         dropped = []
-        while live and len(slot.waiting) >= self._depth:
-            dropped.append(slot.waiting.popleft()[2])
+        if not slot.windows:
+            slot.served = max(slot.served, self._served.get(lane, 0))
+        slot.push(window, (deadline_ns, next(self._tick)))
+        while live and len(slot.windows) > self._depth:
+            dropped.append(slot.drop_oldest())
             hop.drop("stale")
-        slot.waiting.append((deadline_ns, next(self._tick), window))
         return dropped
 
     def take(self) -> Batch | None:
         """The next batch, or ``None`` when nothing is ready."""
-        ready = {key: slot for key, slot in self._slots.items() if slot.waiting and not slot.in_flight}
+        ready = {key: slot for key, slot in self._slots.items() if slot.windows and key not in self._in_flight}
         if not ready:
             return None
-        (_, lane), _ = min(ready.items(), key=lambda item: item[1].waiting[0][:2])
-        slots = {source: slot for (source, slot_lane), slot in ready.items() if slot_lane == lane}
-        windows = self._fill(list(slots.values()))
-        for source, slot in slots.items():
-            slot.in_flight = any(window.key.source_id == source for window in windows)
+        _, lane = min(ready, key=lambda key: ready[key].turns[0])
+        windows = self._fill(lane, [slot for (_, slot_lane), slot in ready.items() if slot_lane == lane])
+        batch = Batch(lane, tuple(windows))
+        self._in_flight.update((source, lane) for source in batch.sources)
         for window in windows:
             self._ledger.hop(window.key.source_id, STAGE).left += 1
-        return Batch(lane, tuple(windows))
+        return batch
 
-    def _fill(self, slots: list[_Slot]) -> list[ClipWindow]:
+    def _fill(self, lane: Lane, slots: list[Slot]) -> list[ClipWindow]:
+        """Start-time fair queueing (Goyal et al. 1996) over sources, with every window of one size."""
         windows: list[ClipWindow] = []
-        while len(windows) < self._max_batch:
-            in_turn = sorted((slot for slot in slots if slot.waiting), key=lambda slot: slot.waiting[0][:2])
-            if not in_turn:
-                break
-            for slot in in_turn[: self._max_batch - len(windows)]:
-                windows.append(slot.waiting.popleft()[2])
+        while len(windows) < self._max_batch and (waiting := [slot for slot in slots if slot.windows]):
+            slot = min(waiting, key=lambda slot: (slot.served, slot.turns[0]))
+            self._served[lane] = slot.served
+            slot.served += 1
+            windows.append(slot.pop())
         return windows
 
     def done(self, batch: Batch) -> None:
         """A batch has been computed (or has failed): its sources may be taken again."""
-        for source in batch.sources:
-            slot = self._slots.get((source, batch.lane))
-            if slot is not None:
-                slot.in_flight = False
+        self._in_flight.difference_update((source, batch.lane) for source in batch.sources)
 
     def remove(self, source_id: str) -> None:
         """Forget a source; windows that wait are dropped and counted."""
         for key in [key for key in self._slots if key[0] == source_id]:
-            slot = self._slots.pop(key)
-            self._ledger.hop(source_id, STAGE).drop("removed", len(slot.waiting))
+            self._ledger.hop(source_id, STAGE).drop("removed", len(self._slots.pop(key).windows))
