@@ -25,18 +25,30 @@ class SourceError(SightwireError):
 
 
 class SinkError(SightwireError):
-    """Events could not be handed over; ``retryable`` ones go to the spool."""
+    """Events could not be handed over; they stay in the spool.
 
-    def __init__(self, message: str, *, retryable: bool = True) -> None:
+    ``retryable`` says whether trying again can help without somebody changing something (a connection lost) or not
+    (a wrong password). ``reason`` is a bounded label for metrics.
+    """
+
+    def __init__(self, message: str, *, retryable: bool = True, reason: str = "other") -> None:
         super().__init__(message)
         self.retryable = retryable
+        self.reason = reason
+
+
+class EventRejected(SinkError):
+    """The sink works, but will never take this very event; it is put aside so that it cannot block the rest."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retryable=False, reason="rejected")
 
 
 class SpoolError(SinkError):
     """The spool on disk cannot take or give events (disk full, file damaged)."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, retryable=False)
+        super().__init__(message, retryable=False, reason="spool")
 
 
 class ClientError(SightwireError):
