@@ -10,7 +10,6 @@ from stream.accounting import Ledger
 from stream.channel import Channel, Policy
 from stream.clock import NS_PER_S, Clock
 from stream.settings import SourceSettings
-from stream.supervisor import Supervisor
 from stream.types import AudioChunk, ClipWindow, EpochEnd, EpochStart, Frame, MediaItem, Progress
 from stream.windows import Grace, SourceWindows, Watch
 
@@ -29,7 +28,7 @@ def droppable(item: MediaItem) -> bool:
 class SourcePipeline:
     """Cuts a source's windows and offers them to the engines; ends its events when an epoch ends.
 
-    ``on_epoch(start)`` and ``on_epoch_end(source_id, reason)`` are called in step with the windows: an epoch
+    ``on_epoch(start)`` and ``on_epoch_end(end)`` are awaited in step with the windows: an epoch
     ends only after every one of its windows has been predicted.
     """
 
@@ -42,8 +41,8 @@ class SourcePipeline:
         ledger: Ledger,
         clock: Clock,
         offer: OfferWindow,
-        on_epoch: Callable[[EpochStart], None],
-        on_epoch_end: Callable[[str, str], Awaitable[None]],
+        on_epoch: Callable[[EpochStart], Awaitable[None]],
+        on_epoch_end: Callable[[EpochEnd], Awaitable[None]],
     ) -> None:
         self.settings = settings
         self.branches: dict[tuple[str, str], Branch] = {(w.pack, w.branch.name): w.branch for w in watches}
@@ -60,7 +59,6 @@ class SourcePipeline:
             Policy.DROP_OLDEST if settings.live else Policy.BLOCK,
             droppable,
         )
-        self.supervisor: Supervisor | None = None
         self._pending = 0
         self._settled = asyncio.Event()
         self.video_pts_ns: int | None = None
@@ -98,7 +96,7 @@ class SourcePipeline:
         match item:
             case EpochStart():
                 self.video_pts_ns = self.audio_pts_ns = None
-                self._on_epoch(item)
+                await self._on_epoch(item)
             case Frame() | Progress():
                 self.video_pts_ns = item.pts_ns
             case AudioChunk():
@@ -108,7 +106,7 @@ class SourcePipeline:
         await self._submit(self._windows.push(item, self._clock.monotonic_ns()))
         if isinstance(item, EpochEnd):
             await self._until_pending(0)
-            await self._on_epoch_end(self.settings.id, item.reason)
+            await self._on_epoch_end(item)
 
     async def _submit(self, windows: list[ClipWindow]) -> None:
         for window in windows:

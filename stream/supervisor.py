@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -13,8 +14,9 @@ from enum import StrEnum
 from stream.channel import Channel
 from stream.clock import NS_PER_S, Clock
 from stream.errors import SourceError
+from stream.ingest.open import CountingSource
 from stream.settings import RetrySettings
-from stream.types import EpochEnd, EpochStart, MediaItem, Source, Stopped
+from stream.types import EpochEnd, EpochStart, MediaItem, Stopped
 
 log = logging.getLogger(__name__)
 
@@ -59,22 +61,23 @@ class Supervisor:
     """Runs one source in its own thread, again and again, until it ends, fails for good, or is stopped.
 
     ``open_source(first_epoch)`` makes a fresh source whose first epoch has that number.
-    ``on_change(status, previous)`` is told of each change of state.
+    ``on_change(source_id, status, previous)`` is told of each change of state.
     """
 
     def __init__(
         self,
         source_id: str,
-        open_source: Callable[[int], Source],
+        open_source: Callable[[int], CountingSource],
         channel: Channel[MediaItem],
         retry: RetrySettings,
         clock: Clock,
-        on_change: Callable[[SourceStatus, SourceState], None],
+        on_change: Callable[[str, SourceStatus, SourceState], None],
         rng: random.Random | None = None,
     ) -> None:
         self.source_id = source_id
         self.status = SourceStatus(since_ns=clock.monotonic_ns())
-        self.source: Source | None = None
+        self._source: CountingSource | None = None
+        self._past_frames: Counter[str] = Counter()
         self._open_source = open_source
         self._channel = channel
         self._retry = retry
@@ -92,6 +95,10 @@ class Supervisor:
         self._stop.set()
         self._stopping.set()
         self._channel.stop()
+
+    def frames(self) -> dict[str, int]:
+        """Frames by stage, over all connections so far."""
+        return dict(self._past_frames + _frame_counts(self._source))
 
     async def run(self) -> None:
         """Returns when the source has ended, failed or been stopped; the channel is closed then."""
@@ -132,8 +139,10 @@ class Supervisor:
     async def _attempt(self) -> SourceError | None:
         """One run of the source on a thread of its own; the error that ended it."""
         ended: asyncio.Future[SourceError | None] = self._loop.create_future()
+        self._past_frames += _frame_counts(self._source)
+        self._source = None
         try:
-            self.source = source = self._open_source(self._next_epoch)
+            self._source = source = self._open_source(self._next_epoch)
         except SourceError as refused:
             return refused
         thread = threading.Thread(
@@ -150,7 +159,7 @@ class Supervisor:
         self._end_open_epoch("removed" if self._stop.is_set() else "lost" if error else "end_of_stream")
         return error
 
-    def _run_source(self, source: Source, ended: asyncio.Future[SourceError | None]) -> None:
+    def _run_source(self, source: CountingSource, ended: asyncio.Future[SourceError | None]) -> None:
         outcome: SourceError | None = None
         bug: Exception | None = None
         try:
@@ -190,7 +199,20 @@ class Supervisor:
             return
         status.state = state
         status.since_ns = self._clock.monotonic_ns()
-        self._on_change(status, previous)
+        self._on_change(self.source_id, status, previous)
+
+
+def _frame_counts(source: CountingSource | None) -> Counter[str]:
+    if source is None:
+        return Counter()
+    stats = source.stats
+    return Counter(
+        decoded=stats.frames_decoded,
+        sampled=stats.frames_sampled,
+        skipped=stats.frames_skipped,
+        late=stats.frames_late,
+        corrupt_packets=stats.corrupt_packets,
+    )
 
 
 def _settle(ended: asyncio.Future[SourceError | None], outcome: SourceError | None, bug: Exception | None) -> None:

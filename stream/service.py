@@ -1,0 +1,246 @@
+"""The service: sources, windows, engines and events in one task group, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from stream.accounting import Ledger
+from stream.batching import Batcher
+from stream.clock import Clock
+from stream.engine_pool import BatchResult, EnginePool
+from stream.errors import SourceError
+from stream.event_format import Timing, source_event
+from stream.events import EventTracker
+from stream.inference import FeatureStore
+from stream.ingest.open import CountingSource, open_source
+from stream.metrics import Metrics, SourceView
+from stream.packs import ServedPack, audio_rate, runners, video_inputs, watches
+from stream.settings import Settings, SourceSettings
+from stream.source_pipeline import SourcePipeline
+from stream.supervisor import SourceState, SourceStatus, Supervisor
+from stream.types import ClipWindow, EpochEnd, EpochStart, Event
+
+log = logging.getLogger(__name__)
+
+SLOT_DEPTH = 2
+"""Windows of one live source and branch that may wait for an engine."""
+CONTINUES = frozenset({"pts_jump", "wrap", "resolution", "codec", "loop"})
+"""Reasons for which an epoch ends while its source stays live."""
+
+
+class EventPort(Protocol):
+    """Where events are handed over, in order; it never drops one."""
+
+    async def put(self, events: Sequence[Event]) -> None:
+        """Take events; may wait."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class RunningSource:
+    """A source and everything that runs for it."""
+
+    pipeline: SourcePipeline
+    supervisor: Supervisor
+    incident: str | None = None
+    """Names the stretch in which it is live, for its events; ``None`` while it is not."""
+
+
+class Service:
+    """Runs sources until they end or ``stop`` is called.
+
+    ``packs`` must hold one copy for each engine thread of the settings.
+    """
+
+    def __init__(self, settings: Settings, packs: Sequence[ServedPack], port: EventPort, clock: Clock) -> None:
+        self.settings = settings
+        self.ledger = Ledger()
+        self.metrics = Metrics(self.ledger)
+        self.sources: dict[str, RunningSource] = {}
+        self.ready = asyncio.Event()
+        """Set once the engines are warm and the sources started."""
+        self.events_made = 0
+        self._packs = tuple(packs)
+        self._port = port
+        self._clock = clock
+        self._store = FeatureStore()
+        self._tracker = EventTracker(settings.events, [(pack.manifest, pack.info) for pack in packs])
+        self._results: asyncio.Queue[BatchResult | None] = asyncio.Queue()
+        self._stopping = asyncio.Event()
+        batcher = Batcher(settings.engine.max_batch, SLOT_DEPTH, self.ledger)
+        self._runners = [runners(self._packs, n, self._store) for n in range(settings.engine.threads)]
+        self._pool = EnginePool(batcher, list(self._runners), self._results.put_nowait, clock)
+        self._show()
+
+    def stop(self) -> None:
+        """End the sources; ``run`` returns when everything in flight has been handed over."""
+        self._stopping.set()
+        for source in self.sources.values():
+            source.supervisor.stop()
+
+    async def run(self) -> list[SourceError]:
+        """Run until every source has ended; returns the errors of those that failed for good."""
+        await asyncio.to_thread(self._warm_up)
+        self._pool.start()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                watchers = [tasks.create_task(self._pool.crashed()), tasks.create_task(self._watch_loop_lag())]
+                results = tasks.create_task(self._handle_results())
+                async with asyncio.TaskGroup() as sources:
+                    for settings in self.settings.sources:
+                        self._start_source(settings, sources)
+                    self.ready.set()
+                await self._pool.aclose()
+                self._results.put_nowait(None)
+                await results
+                for watcher in watchers:
+                    watcher.cancel()
+        finally:
+            await self._pool.aclose()
+        return [source.supervisor.status.error for source in self.sources.values() if source.supervisor.status.error]
+
+    def _warm_up(self) -> None:
+        for thread in self._runners:
+            for runner in thread.values():
+                runner.warmup(self.settings.engine.max_batch)
+
+    def _start_source(self, settings: SourceSettings, tasks: asyncio.TaskGroup) -> None:
+        watched = watches(self._packs, settings)
+        inputs, rate = video_inputs(watched), audio_rate(settings, watched)
+        pipeline = SourcePipeline(
+            settings,
+            watched,
+            self.settings.windows.grace_s,
+            2 * self.settings.engine.max_batch,
+            self.ledger,
+            self._clock,
+            self._offer,
+            self._begin_epoch,
+            self._end_epoch,
+        )
+
+        def connect(first_epoch: int) -> CountingSource:
+            return open_source(settings, inputs, rate, self._clock, first_epoch=first_epoch)
+
+        supervisor = Supervisor(
+            settings.id, connect, pipeline.channel, self.settings.retry, self._clock, self._source_changed
+        )
+        self.sources[settings.id] = RunningSource(pipeline, supervisor)
+        if self._stopping.is_set():
+            supervisor.stop()
+        tasks.create_task(supervisor.run(), name=f"supervise {settings.id}")
+        tasks.create_task(pipeline.run(), name=f"windows {settings.id}")
+
+    def _source_changed(self, source_id: str, status: SourceStatus, previous: SourceState) -> None:
+        if status.state in (SourceState.BACKING_OFF, SourceState.FAILED):
+            log.warning("%s%s", status.cause, "; will try again" if status.state is SourceState.BACKING_OFF else "")
+        elif status.state is not SourceState.CONNECTING or previous is not SourceState.BACKING_OFF:
+            log.info("source %s: %s", source_id, status.state)
+
+    def _offer(self, window: ClipWindow, live: bool) -> None:
+        key = window.key
+        self.metrics.observe_ns("decode", window.closed_ns - window.waited_ns - window.arrival_ns)
+        self.metrics.observe_ns("window", window.waited_ns)
+        hop_ns = self.sources[key.source_id].pipeline.branches[key.pack, key.branch].hop_ns
+        for dropped in self._pool.offer(window, window.closed_ns + hop_ns, live=live):
+            self.metrics.views.count_window(key.pack, "stale")
+            self.sources[dropped.key.source_id].pipeline.settle()
+
+    async def _begin_epoch(self, start: EpochStart) -> None:
+        self._tracker.begin_epoch(start)
+        source = self.sources[start.source_id]
+        if source.incident is None:
+            source.incident = start.identity
+            await self._put([self._source_event(start.source_id, start.identity, "start", "live", start.reason)])
+
+    async def _end_epoch(self, end: EpochEnd) -> None:
+        now_ns, wall_ns = self._clock.monotonic_ns(), self._clock.wall_ns()
+        events = self._tracker.end_epoch(end.source_id, end.reason, now_ns, wall_ns)
+        source = self.sources[end.source_id]
+        if end.reason not in CONTINUES and source.incident is not None:
+            label = "lost" if end.reason == "lost" else "ended"
+            events.append(self._source_event(end.source_id, source.incident, "end", label, end.reason))
+            source.incident = None
+        await self._put(events)
+
+    def _source_event(self, source_id: str, incident: str, phase: str, label: str, reason: str) -> Event:
+        return source_event(
+            source_id,
+            phase,
+            incident,
+            0 if phase == "start" else 1,
+            state=label,
+            reason=reason,
+            message=f"source {source_id} is {label} ({reason})",
+            now_ns=self._clock.monotonic_ns(),
+            now_wall_ns=self._clock.wall_ns(),
+        )
+
+    async def _put(self, events: Sequence[Event]) -> None:
+        if events:
+            self.events_made += len(events)
+            await self._port.put(events)
+
+    async def _handle_results(self) -> None:
+        while (result := await self._results.get()) is not None:
+            pack, _ = result.batch.lane
+            self.metrics.batch_size.labels(pack).observe(len(result.batch.windows))
+            if result.predictions is None:
+                self._count_failure(result)
+            else:
+                await self._track(result)
+            for window in result.batch.windows:
+                self.sources[window.key.source_id].pipeline.settle()
+
+    def _count_failure(self, result: BatchResult) -> None:
+        pack, branch = result.batch.lane
+        self.metrics.inference_failures.labels(type(result.error).__name__).inc()
+        self.metrics.views.count_window(pack, "failed", len(result.batch.windows))
+        for window in result.batch.windows:
+            hop = self.ledger.hop(window.key.source_id, "inference")
+            hop.entered += 1
+            hop.drop("failed")
+        log.error("pack %s, branch %s: a batch failed and its windows are dropped: %s", pack, branch, result.error)
+
+    async def _track(self, result: BatchResult) -> None:
+        pack, _ = result.batch.lane
+        self.metrics.views.count_window(pack, "ok", len(result.batch.windows))
+        self.metrics.observe_ns("infer", result.inferred_ns - result.taken_ns)
+        events: list[Event] = []
+        for window, predictions in zip(result.batch.windows, result.predictions or (), strict=True):
+            hop = self.ledger.hop(window.key.source_id, "inference")
+            hop.entered += 1
+            hop.left += 1
+            self.metrics.observe_ns("queue", result.taken_ns - window.closed_ns)
+            timing = Timing(result.taken_ns, result.inferred_ns, self._clock.monotonic_ns(), self._clock.wall_ns())
+            events += self._tracker.update(window, predictions, timing)
+        await self._put(events)
+
+    async def _watch_loop_lag(self, every_s: float = 0.5) -> None:
+        while True:
+            due_ns = self._clock.monotonic_ns() + int(every_s * 1e9)
+            await asyncio.sleep(every_s)
+            self.metrics.loop_lag.set(max(0, self._clock.monotonic_ns() - due_ns) / 1e9)
+
+    def _show(self) -> None:
+        """Let the metrics look at what runs."""
+        views = self.metrics.views
+        views.sources = lambda: {source_id: _view(source) for source_id, source in list(self.sources.items())}
+        views.queue_depth = lambda: {
+            "batch_slots": self._pool.waiting,
+            "channels": sum(len(source.pipeline.channel) for source in list(self.sources.values())),
+            "results": self._results.qsize(),
+        }
+        views.encoded = lambda: {"computed": self._store.encoded, "reused": self._store.reused}
+        for pack in self._packs:
+            for engine in pack.copies[0].engines.values():
+                spec = engine.spec
+                self.metrics.engine_info.labels(spec.pack, spec.graph, spec.backend, spec.device, spec.precision).set(1)
+
+
+def _view(source: RunningSource) -> SourceView:
+    return SourceView(source.supervisor.status, source.supervisor.frames(), source.pipeline.av_skew_s)
