@@ -85,10 +85,7 @@ def installed() -> dict[str, str]:
 
 
 def _version(backend: _Backend) -> str | None:
-    try:
-        if importlib.util.find_spec(backend.library) is None:
-            return None
-    except ValueError:  # The import is blocked.
+    if importlib.util.find_spec(backend.library) is None:
         return None
     for name in backend.distributions:
         with contextlib.suppress(metadata.PackageNotFoundError):

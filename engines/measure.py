@@ -26,14 +26,18 @@ def measure(
     backend_version: str,
     threads: int = 1,
     batch_sizes: Sequence[int] = (),
-    repeats: int = 20,
+    engine_batches: Sequence[Tensors] | None = None,
 ) -> GraphParity:
     """Compare an engine with its reference on ``batches`` and time it at ``batch_sizes``.
+
+    ``engine_batches`` are what the engine is given instead, where its inputs come from an engine
+    before it: the error is then that of the chain.
 
     Raises ``InferenceError`` from the engine, ``ManifestError`` when the two disagree on output shapes.
     """
     spec = engine.spec
-    pairs = [(reference(batch), engine.infer(batch)) for batch in batches]
+    given = batches if engine_batches is None else engine_batches
+    pairs = [(reference(batch), engine.infer(own)) for batch, own in zip(batches, given, strict=True)]
     logits = logit_tensors(manifest)
     outputs = tuple(
         compare(
@@ -54,7 +58,7 @@ def measure(
         threads=threads,
         samples=sum(_batch_of(batch) for batch in batches),
         outputs=outputs,
-        latency=tuple(time_batch(engine, repeat_to(batches[0], size), repeats) for size in batch_sizes),
+        latency=tuple(time_batch(engine, repeat_to(batches[0], size)) for size in batch_sizes),
         passed=within_bounds(manifest, spec.precision, outputs) is None,
     )
 
@@ -92,16 +96,16 @@ def logit_tensors(manifest: Manifest) -> frozenset[str]:
     return frozenset(name for head in scored for name in (head.output, *head.without.values()))
 
 
-def time_batch(engine: Engine, batch: Tensors, repeats: int) -> BatchLatency:
-    """Time ``repeats`` calls after one that is not counted."""
+def time_batch(engine: Engine, batch: Tensors, repeats: int = 20, budget_s: float = 1.0) -> BatchLatency:
+    """Time up to ``repeats`` calls, at least three, for about ``budget_s``, after one that is not counted."""
     engine.infer(batch)
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter_ns()
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < repeats and sum(times) < budget_s):
+        begin = time.perf_counter()
         engine.infer(batch)
-        times.append((time.perf_counter_ns() - begin) / 1e6)
+        times.append(time.perf_counter() - begin)
     p50, p95 = np.percentile(times, [50, 95])
-    return BatchLatency(batch=_batch_of(batch), p50_ms=round(float(p50), 4), p95_ms=round(float(p95), 4))
+    return BatchLatency(batch=_batch_of(batch), p50_ms=round(1e3 * float(p50), 4), p95_ms=round(1e3 * float(p95), 4))
 
 
 def repeat_to(batch: Tensors, size: int) -> dict[str, Array]:
