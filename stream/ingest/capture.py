@@ -15,6 +15,8 @@ FILE_TAG_UNCERTAINTY_MS = 1000.0
 """A file's creation time has whole seconds."""
 SENDER_REPORT_UNCERTAINTY_MS = 5.0
 """The camera's own clock may be wrong, but it is the camera's."""
+PLAUSIBLE_NS = 3600 * NS_PER_S
+"""A sender whose clock is further off than this was never set."""
 DRIFT_NS = 5 * NS_PER_MS
 """A mapping that moves by less than this is not worth telling."""
 
@@ -60,8 +62,10 @@ class LiveCapture:
 
     def sender_report(self, offset_ns: int) -> CaptureClock | None:
         """See ``Capture``."""
-        self._offset_ns = offset_ns
         told = self._told
+        if told is not None and abs(offset_ns - told.offset_ns) > PLAUSIBLE_NS:
+            return None
+        self._offset_ns = offset_ns
         if told is not None and told.origin is ClockOrigin.RTCP_SR and abs(told.offset_ns - offset_ns) < DRIFT_NS:
             return None
         self._told = CaptureClock(ClockOrigin.RTCP_SR, SENDER_REPORT_UNCERTAINTY_MS, offset_ns)
@@ -73,10 +77,9 @@ class LiveCapture:
 
     def clock(self, pts_ns: int, arrival_ns: int) -> CaptureClock:
         """See ``Capture``."""
-        if self._offset_ns is not None:
+        self._told = _by_arrival(self._clock, pts_ns, arrival_ns, self._uncertainty_ms)
+        if self._offset_ns is not None and abs(self._offset_ns - self._told.offset_ns) <= PLAUSIBLE_NS:
             self._told = CaptureClock(ClockOrigin.RTCP_SR, SENDER_REPORT_UNCERTAINTY_MS, self._offset_ns)
-        else:
-            self._told = _by_arrival(self._clock, pts_ns, arrival_ns, self._uncertainty_ms)
         return self._told
 
     def identity(self, epoch: int, origin_ns: int, clock: CaptureClock) -> str:

@@ -105,11 +105,11 @@ def read_packets(
     container: InputContainer,
     streams: tuple[MediaStream, ...],
     stats: DecodeStats,
-    on_silence: Callable[[], None],
+    on_silence: Callable[[], bool],
 ) -> Iterator[Packet[Stream]]:
     """Packets until the end of the stream, then the empty ones that flush the decoders.
 
-    ``on_silence`` is called when a read timed out, and ends the reading by raising. Damaged data is skipped and
+    ``on_silence`` is called when a read timed out and says whether to go on. Damaged data is skipped and
     counted. Raises ``av.error.FFmpegError`` when the input fails.
     """
     bad_reads = 0
@@ -121,7 +121,8 @@ def read_packets(
                 yield packet
             return
         except (av.error.ExitError, av.error.TimeoutError, av.error.BlockingIOError):
-            on_silence()
+            if not on_silence():
+                return
         except av.error.InvalidDataError:
             stats.corrupt_packets += 1
             bad_reads += 1
@@ -140,6 +141,8 @@ class Decoder:
         sample_rate: int | None,
         assembler: Assembler[VideoFrame],
         stats: DecodeStats,
+        *,
+        live: bool,
     ) -> None:
         self._source_id = source_id
         self._url = url
@@ -148,7 +151,9 @@ class Decoder:
         self._audio_index = -1 if selected.audio is None else selected.audio.index
         self._resampler = MonoResampler(sample_rate) if sample_rate is not None else None
         self._arrivals: dict[int, int] = {}
-        self._video_ns = 0
+        # A live stream's first frames may come without a time; the file formats that have none start at 0.
+        self._video_ns: int | None = None if live else 0
+        self._audio_known = not live
         self._bad_run = 0
         if selected.video is not None:
             # Threads inside the decoder cost CPU time and, by frames, latency; sources run side by side instead.
@@ -197,6 +202,10 @@ class Decoder:
     def _video(self, frame: VideoFrame, arrival_ns: int) -> None:
         pts = frame.pts if frame.pts is not None else frame.dts
         if pts is None:
+            if self._video_ns is None:
+                self._stats.frames_decoded += 1
+                self._stats.frames_late += 1
+                return
             pts_ns = self._video_ns + (self._interval_ns or NS_PER_S // 25)
         else:
             pts_ns = pts * self._multiply // self._divide
@@ -206,6 +215,10 @@ class Decoder:
 
     def _audio(self, frame: AudioFrame, arrival_ns: int) -> None:
         assert self._resampler is not None
+        if not self._audio_known and frame.pts is None:
+            self._stats.audio_samples_dropped += frame.samples
+            return
+        self._audio_known = True
         restarts = self._resampler.restarts
         self._hand_on(self._resampler.feed(frame), arrival_ns)
         self._stats.resyncs += self._resampler.restarts - restarts

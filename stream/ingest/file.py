@@ -59,12 +59,18 @@ class FileSource:
     """Reads one file, once or for ever."""
 
     def __init__(
-        self, settings: SourceSettings, inputs: tuple[VideoInput, ...], audio_rate: int | None, clock: Clock
+        self,
+        settings: SourceSettings,
+        inputs: tuple[VideoInput, ...],
+        audio_rate: int | None,
+        clock: Clock,
+        first_epoch: int = 0,
     ) -> None:
         self._settings = settings
         self._inputs = inputs
         self._audio_rate = audio_rate if settings.audio else None
         self._clock = clock
+        self._first_epoch = first_epoch
         self._url = settings.url.get_secret_value()
         self._path = file_path(self._url)
         self._renderer = FrameRenderer()
@@ -78,7 +84,7 @@ class FileSource:
     def run(self, emit: Emit, stop: StopFlag) -> None:
         """See ``stream.types.Source``. Raises ``SourceError``, never a retryable one: a file does not mend."""
         pacer = Pacer(self._clock.monotonic_ns()) if self._settings.pace is Pace.REALTIME else None
-        epoch, reason = 0, "start"
+        epoch, reason = self._first_epoch, "start"
         try:
             while not stop.is_set():
                 epoch = self._play(emit, stop, pacer, epoch, reason)
@@ -108,7 +114,9 @@ class FileSource:
                 first_epoch=epoch,
                 first_reason=reason,
             )
-            decoder = Decoder(self.source_id, self._url, selected, tracks.sample_rate, assembler, self.stats)
+            decoder = Decoder(
+                self.source_id, self._url, selected, tracks.sample_rate, assembler, self.stats, live=False
+            )
             arrival_ns = self._clock.monotonic_ns()
             for packet, arrival_ns in self._arrivals(container, selected, pacer, stop):
                 if stop.is_set():
@@ -138,7 +146,7 @@ class FileSource:
         self, container: InputContainer, selected: Selected, pacer: Pacer | None, stop: StopFlag
     ) -> Iterator[tuple[Packet[Stream], int]]:
         """Packets with their arrival times, which are their due times where the pace is real time."""
-        for packet in read_packets(container, selected.streams, self.stats, lambda: None):
+        for packet in read_packets(container, selected.streams, self.stats, lambda: not stop.is_set()):
             if pacer is None:
                 yield packet, self._clock.monotonic_ns()
                 continue

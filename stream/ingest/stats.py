@@ -25,10 +25,10 @@ class DecodeStats:
     frames_skipped: int = 0
     """Frames that nobody samples: decoded, never converted."""
     frames_late: int = 0
-    """Frames not newer than one before them."""
+    """Frames not newer than one before them, or (at the start of a live stream) without a time."""
     audio_samples: int = 0
     """Audio samples emitted."""
     audio_samples_dropped: int = 0
-    """Audio samples that fit no timeline, or came too long before the first frame."""
+    """Audio samples that fit no timeline, came too long before the first frame, or had no time."""
     resyncs: int = 0
     """Times the timeline broke (each began a new epoch) or the audio clock was set again."""

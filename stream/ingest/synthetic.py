@@ -89,14 +89,13 @@ class Painter:
         return image
 
     def _ground(self, width: int, height: int) -> NDArray[np.float32]:
-        ground = self._grounds.get((width, height))
-        if ground is None:
+        if (width, height) not in self._grounds:
             across = np.linspace(64, 255, width, dtype=np.float32)[None, :]
             down = np.linspace(255, 64, height, dtype=np.float32)[:, None]
             ground = np.empty((height, width, 3), np.float32)
             ground[..., 0], ground[..., 1], ground[..., 2] = across, down, (across + down) / 2
             self._grounds[width, height] = ground
-        return ground
+        return self._grounds[width, height]
 
 
 def sound(scene: Scene, sample_rate: int, first: int, count: int) -> NDArray[np.float32]:
@@ -115,12 +114,18 @@ class SyntheticSource:
     """Delivers a scene, in its own time or as fast as it is taken."""
 
     def __init__(
-        self, settings: SourceSettings, inputs: tuple[VideoInput, ...], audio_rate: int | None, clock: Clock
+        self,
+        settings: SourceSettings,
+        inputs: tuple[VideoInput, ...],
+        audio_rate: int | None,
+        clock: Clock,
+        first_epoch: int = 0,
     ) -> None:
         """Raises ``SourceError`` when the address does not parse."""
         self._settings = settings
         self._inputs = inputs
         self._clock = clock
+        self._first_epoch = first_epoch
         self._url = settings.url.get_secret_value()
         self.scene = parse_scene(settings.id, self._url)
         self._audio_rate = audio_rate if settings.audio and self.scene.audio else None
@@ -134,7 +139,7 @@ class SyntheticSource:
 
     def run(self, emit: Emit, stop: StopFlag) -> None:
         """See ``stream.types.Source``."""
-        epoch, reason = 0, "start"
+        epoch, reason = self._first_epoch, "start"
         try:
             while not stop.is_set():
                 epoch = self._play(emit, stop, epoch, reason)
