@@ -59,9 +59,14 @@ class LiveCapture:
         self._uncertainty_ms = uncertainty_ms
         self._told: CaptureClock | None = None
         self._offset_ns: int | None = None
+        self._unconfirmed_ns: int | None = None
 
     def sender_report(self, offset_ns: int) -> CaptureClock | None:
         """See ``Capture``."""
+        unconfirmed_ns, self._unconfirmed_ns = self._unconfirmed_ns, offset_ns
+        # FFmpeg gives a single packet a wrong pts now and then: two in a row must agree.
+        if unconfirmed_ns is None or abs(offset_ns - unconfirmed_ns) >= DRIFT_NS:
+            return None
         told = self._told
         if told is not None and abs(offset_ns - told.offset_ns) > PLAUSIBLE_NS:
             return None
@@ -73,7 +78,7 @@ class LiveCapture:
 
     def jumped(self) -> None:
         """See ``Capture``."""
-        self._offset_ns = self._told = None
+        self._offset_ns = self._unconfirmed_ns = self._told = None
 
     def clock(self, pts_ns: int, arrival_ns: int) -> CaptureClock:
         """See ``Capture``."""

@@ -101,7 +101,7 @@ class Painter:
 def sound(scene: Scene, sample_rate: int, first: int, count: int) -> NDArray[np.float32]:
     """Samples ``first`` to ``first + count`` of a scene: a low hum, and the beeps. float32 ``[count]``, -1..1."""
     index = np.arange(first, first + count, dtype=np.int64)
-    samples = 0.05 * np.sin(2 * np.pi * HUM_HZ / sample_rate * index)
+    samples: NDArray[np.float64] = 0.05 * np.sin(2 * np.pi * HUM_HZ / sample_rate * index)
     for start_ns in scene.beep_ns:
         start = -(-start_ns * sample_rate // NS_PER_S)
         stop = -(-(start_ns + BEEP_NS) * sample_rate // NS_PER_S)
