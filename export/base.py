@@ -1,0 +1,79 @@
+"""What the base pack's manifest says: branches, heads, labels, thresholds."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from engines.manifest import AudioInput, Branch, Head, HeadKind, Modality, Mode, Threshold, VideoInput
+from models import base
+from models.audio import SAMPLE_RATE
+from models.base import Calibration
+from models.labels import ACTIONS, SCENE, SOUNDS
+
+NAME = "base"
+DESCRIPTION = "Actions, sounds and street scenes: EfficientNet-Lite0 on frames and their differences, log-mel CNN."
+LICENCE = "Apache-2.0 code; weights trained on data for research use, see the model card"
+
+
+def watch_branch(calibration: Calibration) -> Branch:
+    """Actions and sounds over two seconds."""
+    return Branch(
+        name="watch",
+        mode=Mode.STAGED,
+        window_ns=base.WATCH_WINDOW_NS,
+        hop_ns=base.WATCH_HOP_NS,
+        video=VideoInput(
+            width=base.WATCH_SIZE,
+            height=base.WATCH_SIZE,
+            fps=Fraction(base.WATCH_FPS),
+            lookback_ns=base.LOOKBACK_NS,
+        ),
+        audio=AudioInput(sample_rate=SAMPLE_RATE),
+        encoder="encoder",
+        graph="window",
+        heads=(
+            Head(
+                name="action",
+                kind=HeadKind.ACTION,
+                output="action",
+                labels=ACTIONS,
+                background=("other",),
+                activation="sigmoid",
+                temperature=calibration.action_temperature,
+                thresholds=_thresholds(calibration, "action"),
+                without=_without("action"),
+            ),
+            Head(
+                name="class",
+                kind=HeadKind.CLASS,
+                output="class",
+                labels=SOUNDS,
+                background=("none",),
+                activation="softmax",
+                temperature=calibration.class_temperature,
+                thresholds=_thresholds(calibration, "class"),
+                without=_without("class"),
+            ),
+        ),
+    )
+
+
+def scene_branch() -> Branch:
+    """What is where in the picture, once a second."""
+    return Branch(
+        name="scene",
+        mode=Mode.CLIP,
+        window_ns=base.SCENE_WINDOW_NS,
+        hop_ns=base.SCENE_WINDOW_NS,
+        video=VideoInput(width=base.SCENE_WIDTH, height=base.SCENE_HEIGHT, fps=Fraction(1)),
+        graph="segmentation",
+        heads=(Head(name="segmentation", kind=HeadKind.SEGMENTATION, output="mask", labels=SCENE),),
+    )
+
+
+def _thresholds(calibration: Calibration, head: str) -> dict[str, Threshold]:
+    return {label: Threshold(on=on, off=off) for label, (on, off) in calibration.thresholds.get(head, {}).items()}
+
+
+def _without(head: str) -> dict[Modality, str]:
+    return {Modality.VIDEO: f"{head}_without_video", Modality.AUDIO: f"{head}_without_audio"}
