@@ -6,14 +6,13 @@ The only file of this package that imports torch; nothing imports it unless aske
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from engines.backends import first_line
 from engines.checks import check_inputs, check_outputs, zeros
-from engines.errors import BackendUnavailable, GraphLoadError, InferenceError
+from engines.errors import BackendUnavailable, InferenceError
 from engines.manifest import GraphSpec
 from engines.types import Array, EngineSpec, Tensors
 
@@ -23,24 +22,9 @@ def version() -> str:
     return str(torch.__version__)
 
 
-def load_exported(path: Path, pack: str, graph: GraphSpec, *, device: str = "cpu") -> TorchEngine:
-    """Load a graph from a ``torch.export`` archive (``.pt2``).
-
-    Raises ``GraphLoadError`` when the file is refused, ``BackendUnavailable`` when the device is not there.
-    """
-    try:
-        program = torch.export.load(path)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise GraphLoadError(
-            f"pack {pack}: torch {version()} cannot load graph {graph.name} ({path.name}): {first_line(error)}; "
-            "export it again with this version of torch"
-        ) from error
-    return TorchEngine(program.module(), pack, graph, device=device)
-
-
 class TorchEngine:
-    """A module that takes the graph's inputs by name and returns its outputs: one tensor, a sequence in the
-    order of the graph's outputs, or a mapping by name."""
+    """A module that takes the graph's inputs in their order and returns its outputs: one tensor, a sequence in
+    their order, or a mapping by name."""
 
     def __init__(self, module: torch.nn.Module, pack: str, graph: GraphSpec, *, device: str = "cpu") -> None:
         """Raises ``BackendUnavailable`` when the device is not there."""
@@ -68,9 +52,10 @@ class TorchEngine:
         check_inputs(self._spec, inputs)
         try:
             # A copy, since torch warns of arrays that it may not write to.
-            tensors = {name: torch.from_numpy(np.array(array)).to(self._device) for name, array in inputs.items()}
+            arrays = [np.array(inputs[tensor.name]) for tensor in self._spec.inputs]
+            tensors = [torch.from_numpy(array).to(self._device) for array in arrays]
             with torch.inference_mode():
-                outputs = self._named(self._module(**tensors))
+                outputs = self._named(self._module(*tensors))
         except (RuntimeError, TypeError, ValueError) as error:
             raise InferenceError(f"{where} failed on torch: {first_line(error)}") from error
         check_outputs(self._spec, outputs)

@@ -48,7 +48,8 @@ def run_parity(
         raise ManifestError(f"pack {manifest.name}: no reference for graphs {sorted(missing)}; give one for each")
     recordings = [open_recording(path) for path in clips or default_clips()]
     windows = {branch.name: windows_of(recordings, branch, windows_per_clip) for branch in manifest.branches}
-    task = _Task(folder, manifest, references, {name: sum(cut, []) for name, cut in windows.items()}, batch_sizes)
+    flat = {name: [window for clip in cut for window in clip] for name, cut in windows.items()}
+    task = _Task(folder, manifest, references, flat, batch_sizes)
     entries = [
         entry
         for backend in backends.installed()

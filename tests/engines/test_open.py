@@ -1,0 +1,189 @@
+"""Opening packs: every way a pack can be wrong ends in one line that names it and the remedy."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engines import auto, backends
+from engines.errors import (
+    BackendUnavailable,
+    EngineError,
+    GraphLoadError,
+    ManifestError,
+    PackIntegrityError,
+    PackNotFound,
+)
+from engines.manifest import Manifest, TensorSpec, read_manifest, write_manifest
+from engines.measure import random_batch
+from engines.open import find_pack, open_pack
+
+Rehash = Callable[[str], Manifest]
+
+
+def refused(error: type[EngineError], folder: Path, backend: str = "onnxruntime", **options: object) -> str:
+    """The message with which a pack is refused; one line."""
+    with pytest.raises(error) as caught:
+        open_pack(folder, backend=backend, **options)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_an_opened_pack_runs(tiny: Path) -> None:
+    pack = open_pack(tiny, backend="onnxruntime")
+    assert pack.backend == "onnxruntime"
+    assert pack.sha256 == read_manifest(tiny).sha256()
+    assert pack.engines.keys() == {"watch_encoder", "watch_window", "scene_window"}
+    for graph in pack.manifest.graphs:
+        pack.engines[graph.name].infer(random_batch(graph, 2))
+    pack.close()
+    pack.close()
+
+
+def test_each_engine_thread_gets_its_own(tiny: Path) -> None:
+    one, two = open_pack(tiny, backend="onnxruntime"), open_pack(tiny, backend="onnxruntime")
+    one.close()
+    graph = two.manifest.graph("watch_encoder")
+    two.engines["watch_encoder"].infer(random_batch(graph, 1))
+
+
+def test_find_by_name_and_by_path(tiny: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "packs").mkdir(parents=True)
+    (home / "packs" / "mine").symlink_to(tiny)
+    assert find_pack("mine", home) == home / "packs" / "mine"
+    assert find_pack(str(tiny), home) == tiny
+    assert find_pack(tiny, home) == tiny
+
+
+def test_an_unknown_pack_names_those_there_are(tiny: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with pytest.raises(PackNotFound, match=r"no pack 'nope' .*there is none yet.*sightwire export"):
+        find_pack("nope", home)
+    (home / "packs").mkdir(parents=True)
+    (home / "packs" / "mine").symlink_to(tiny)
+    with pytest.raises(PackNotFound, match=r"there are: mine"):
+        find_pack("nope", home)
+    assert "no pack at" in refused(PackNotFound, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+def test_a_truncated_graph(tiny: Path, rehash: Rehash, backend: str) -> None:
+    pytest.importorskip(backend)
+    path = tiny / "watch_window.onnx"
+    path.write_bytes(path.read_bytes()[:700])
+    rehash("watch_window")
+    message = refused(GraphLoadError, tiny, backend, require_parity=False)
+    assert "pack tiny" in message
+    assert "graph watch_window (watch_window.onnx)" in message
+    assert "export the pack again" in message
+
+
+def test_a_graph_with_another_hash(tiny: Path) -> None:
+    with (tiny / "scene_window.onnx").open("ab") as file:
+        file.write(b"\0")
+    assert "pack tiny: scene_window.onnx is not the file" in refused(PackIntegrityError, tiny)
+
+
+def test_a_graph_that_is_gone(tiny: Path) -> None:
+    (tiny / "scene_window.onnx").unlink()
+    assert "scene_window.onnx is missing; export the pack again" in refused(PackIntegrityError, tiny)
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize(
+    ("tensor", "says"),
+    [
+        (TensorSpec(name="frames", dtype="float32", shape=("batch", 2, 32, 32, 3)), "input frames is uint8["),
+        (TensorSpec(name="frames", dtype="uint8", shape=("batch", 2, 64, 32, 3)), ", 2, 32, 32, 3], the manifest says"),
+        (TensorSpec(name="frames", dtype="uint8", shape=("batch", 2, "h", 32, 3)), "[batch, 2, h, 32, 3]; export"),
+        (TensorSpec(name="frames", dtype="uint8", shape=("batch", 32, 32, 3)), "the manifest says uint8[batch, 32,"),
+        (TensorSpec(name="pictures", dtype="uint8", shape=("batch", 2, 32, 32, 3)), "its inputs are ['frames']"),
+    ],
+)
+def test_a_manifest_that_disagrees_with_the_graph(tiny: Path, backend: str, tensor: TensorSpec, says: str) -> None:
+    pytest.importorskip(backend)
+    manifest = read_manifest(tiny)
+    encoder = manifest.graph("watch_encoder").model_copy(update={"inputs": (tensor,)})
+    write_manifest(tiny, manifest.model_copy(update={"graphs": (encoder, *manifest.graphs[1:])}))
+    message = refused(ManifestError, tiny, backend, require_parity=False)
+    assert message.startswith("pack tiny: graph watch_encoder: ")
+    assert says in message
+
+
+@pytest.mark.parametrize(
+    ("backend", "module", "remedy"),
+    [
+        ("onnxruntime", "engines.onnx_engine", "pip install onnxruntime"),
+        ("openvino", "engines.openvino_engine", "pip install 'sightwire[openvino]'"),
+    ],
+)
+def test_a_backend_that_is_not_installed(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, backend: str, module: str, remedy: str
+) -> None:
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, backend, None)
+    message = refused(BackendUnavailable, tiny, backend)
+    assert message.startswith(f"backend {backend} is not usable")
+    assert remedy in message
+    assert backend not in backends.installed()
+
+
+def test_no_backend_at_all(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in backends.BACKENDS:
+        monkeypatch.setitem(sys.modules, backend, None)
+    assert "no backend is installed" in refused(BackendUnavailable, tiny, "auto")
+
+
+def test_an_unknown_backend_or_device_or_precision(tiny: Path) -> None:
+    assert "choose auto or one of onnxruntime" in refused(BackendUnavailable, tiny, "tvm")
+    assert "no usable device 'tpu'" in refused(BackendUnavailable, tiny, device="tpu")
+    assert "onnxruntime runs it in fp32, not int8" in refused(
+        BackendUnavailable, tiny, precision="int8", require_parity=False
+    )
+
+
+def test_cuda_is_never_replaced_by_the_cpu_in_silence(tiny: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    assert "no usable device 'cuda'" in refused(BackendUnavailable, tiny, device="cuda")
+
+
+def test_auto_measures_once_and_remembers(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    times = {"onnxruntime": 2.0, "openvino": 1.0}
+    measured: list[str] = []
+
+    def measure(folder: Path, manifest: Manifest, backend: str, options: backends.EngineOptions) -> float:
+        measured.append(backend)
+        return times[backend]
+
+    monkeypatch.setattr(auto, "_measure_apart", measure)
+    assert open_pack(tiny, cache=tmp_path).backend == "openvino"
+    assert measured == ["onnxruntime", "openvino"]
+    times["openvino"] = 3.0
+    assert open_pack(tiny, cache=tmp_path).backend == "openvino"
+    assert len(measured) == 2
+    assert open_pack(tiny, cache=tmp_path, threads=2).backend == "onnxruntime"
+    for remembered in (tmp_path / "auto").iterdir():
+        remembered.write_text("{")
+    assert open_pack(tiny, cache=tmp_path).backend == "onnxruntime"
+
+
+def test_auto_takes_what_can_be_measured(tiny: Path, tmp_path: Path) -> None:
+    """The real measurement, in processes of their own."""
+    manifest = read_manifest(tiny)
+    time = auto._measure_apart(tiny, manifest, "onnxruntime", backends.EngineOptions())
+    assert 0 < time < 1000
+    with pytest.raises(GraphLoadError, match="backend tvm cannot be measured: no backend 'tvm'"):
+        auto._measure_apart(tiny, manifest, "tvm", backends.EngineOptions())
+
+
+def test_calls_per_second_follow_hops_and_sampling(tiny: Path) -> None:
+    rates = auto.calls_per_second(read_manifest(tiny))
+    assert rates == {"watch_encoder": 4.0, "watch_window": 2.0, "scene_window": 1.0}
