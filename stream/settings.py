@@ -77,7 +77,7 @@ class SourceSettings(_Section):
     @property
     def live(self) -> bool:
         """Whether media comes in its own time, so that freshness beats completeness."""
-        return self.scheme != "file" or self.pace is Pace.REALTIME
+        return self.scheme not in ("file", "synthetic") or self.pace is Pace.REALTIME
 
 
 def source_scheme(url: str) -> str:

@@ -1,0 +1,280 @@
+"""The ``sightwire`` command. Thin: parses, calls, prints; errors are one line with cause and remedy."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from engines.errors import EngineError
+from stream.errors import SettingsError, SightwireError, SourceError
+from stream.settings import Settings, home, load_settings, redacted_url, source_scheme
+
+app = typer.Typer(
+    name="sightwire",
+    help="Cameras and streams in, events out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+FAILED = 1
+"""Exit code when something failed; 2 is a usage error."""
+
+SourceOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--source", "-s", help="Camera, stream or file; ID=URL names it. May be given again.", metavar="[ID=]URL"
+    ),
+]
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="Settings in YAML.")]
+RedisOption = Annotated[
+    str | None, typer.Option("--redis", help="redis://host:port/db; without it a Valkey server is started here.")
+]
+PackOption = Annotated[list[str] | None, typer.Option("--pack", help="Pack to run, by name or folder [default: base].")]
+FastOption = Annotated[bool, typer.Option("--fast", help="Read files as fast as possible, dropping nothing.")]
+SecondsOption = Annotated[float | None, typer.Option("--seconds", min=0.1, help="End after this long.")]
+
+
+def main() -> None:
+    """Entry point: every foreseen error ends in one line and exit code 1."""
+    try:
+        app()
+    except* (SightwireError, EngineError) as group:
+        for line in dict.fromkeys(str(error) for error in _leaves(group)):
+            err.print(f"[bold red]error:[/] {_plain(line)}")
+        sys.exit(FAILED)
+    except* KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def set_up_logging(verbose: bool = False) -> None:
+    """Log lines to stderr, above whatever else is on the screen."""
+    handler: logging.Handler = RichHandler(console=err, show_path=False, log_time_format="%H:%M:%S", markup=False)
+    if not sys.stderr.isatty():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
+    for noisy in ("uvicorn", "asyncio", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def named_sources(given: list[str], *, fast: bool, loop: bool) -> list[dict[str, Any]]:
+    """Settings of sources given on the command line, each with an id of its own.
+
+    Raises ``SettingsError`` for a file that is not there.
+    """
+    sources: list[dict[str, Any]] = []
+    used: set[str] = set()
+    for text in given:
+        name, equals, rest = text.partition("=")
+        named = bool(equals) and name.replace("-", "").replace("_", "").replace(".", "").isalnum()
+        url = rest if named else text
+        wanted = name if named else _id_from(url)
+        source_id, number = wanted, 2
+        while source_id in used:
+            source_id, number = f"{wanted}-{number}", number + 1
+        used.add(source_id)
+        source: dict[str, Any] = {"id": source_id, "url": url, "loop": loop}
+        if fast:
+            source["pace"] = "fast"
+        sources.append(source)
+    return sources
+
+
+def _id_from(url: str) -> str:
+    """A name for a source that was given none: the last part of its path, else its host."""
+    shown = redacted_url(url)
+    parts = [part for part in shown.split("://")[-1].split("/") if part]
+    last = parts[-1] if parts else "source"
+    stem = last.rsplit(".", 1)[0] if source_scheme(url) == "file" else last
+    safe = "".join(c if c.isalnum() or c in "_-" else "-" for c in stem).strip("-_")
+    return safe[:60] or "source"
+
+
+def settings_from(
+    config: Path | None,
+    sources: list[str] | None,
+    redis: str | None,
+    packs: list[str] | None,
+    *,
+    fast: bool = False,
+    loop: bool = False,
+    **more: Any,
+) -> Settings:
+    """Settings from file and flags. Raises ``SettingsError``."""
+    flags: dict[str, Any] = dict(more)
+    if sources:
+        flags["sources"] = named_sources(sources, fast=fast, loop=loop)
+    if redis:
+        flags["redis"] = {"url": redis}
+    if packs:
+        flags["packs"] = [{"name": name} for name in packs]
+    return load_settings(config, flags)
+
+
+@app.command()
+def run(
+    source: SourceOption = None,
+    config: ConfigOption = None,
+    redis: RedisOption = None,
+    pack: PackOption = None,
+    fast: FastOption = False,
+    loop: Annotated[bool, typer.Option("--loop", help="Start files again when they end.")] = False,
+    http_port: Annotated[int | None, typer.Option("--http-port", help="Port of /metrics; 0 takes a free one.")] = None,
+    seconds: SecondsOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not show events.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
+) -> None:
+    """Watch sources and publish their events to Redis."""
+    set_up_logging(verbose)
+    more: dict[str, Any] = {} if http_port is None else {"http": {"port": http_port}}
+    settings = settings_from(config, source, redis, pack, fast=fast, loop=loop, **more)
+    if not settings.sources:
+        raise SettingsError("no source: give --source URL, or sources in --config FILE")
+    _serve(settings, seconds=seconds, show=not quiet, publish=True)
+
+
+@app.command()
+def watch(
+    source: Annotated[str, typer.Argument(help="Camera, stream or file.", metavar="SOURCE")],
+    pack: PackOption = None,
+    fast: FastOption = False,
+    seconds: SecondsOption = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
+) -> None:
+    """Watch one source and show its events here; nothing is published."""
+    set_up_logging(verbose)
+    settings = settings_from(None, [source], None, pack, fast=fast, retry={"give_up": True})
+    _serve(settings, seconds=seconds, show=True, publish=False)
+
+
+def _serve(settings: Settings, *, seconds: float | None, show: bool, publish: bool) -> None:
+    from stream import runner, screen
+
+    shower: Callable[..., None] | None = screen.event_printer(out) if show else None
+    with err.status("loading packs and warming up engines"):
+        starting = asyncio.new_event_loop()
+        starting.close()
+    summary = asyncio.run(
+        runner.run(
+            settings,
+            show=shower,
+            started=lambda where: screen.print_addresses(err, where, settings),
+            seconds=seconds,
+            publish=publish,
+        )
+    )
+    screen.print_summary(err, summary)
+    if summary.failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def events(
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with events as they come.")] = False,
+    kind: Annotated[list[str] | None, typer.Option("--kind", help="action, class, segmentation or source.")] = None,
+    source: Annotated[list[str] | None, typer.Option("--source", "-s", help="Only of this source.")] = None,
+    last: Annotated[int, typer.Option("--last", "-n", min=0, help="Show this many that are there already.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    redis: RedisOption = None,
+    prefix: Annotated[str | None, typer.Option("--prefix", help="Prefix of the streams.")] = None,
+) -> None:
+    """Show events from Redis."""
+    set_up_logging()
+    from stream import screen, tail
+
+    settings = settings_from(None, None, redis, None)
+    asyncio.run(
+        tail.show_events(
+            settings,
+            screen.received_printer(out, as_json=as_json),
+            follow=follow,
+            kinds=kind,
+            sources=source,
+            last=last,
+            prefix=prefix or settings.redis.prefix,
+        )
+    )
+
+
+@app.command()
+def doctor(redis: RedisOption = None) -> None:
+    """Say what is installed, which backends work, which Redis there is, and why not."""
+    from stream.doctor import examine
+    from stream.screen import print_checks
+
+    checks = asyncio.run(examine(settings_from(None, None, redis, None)))
+    print_checks(out, checks)
+    if any(check.ok is False for check in checks):
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def export(
+    name: Annotated[str, typer.Argument(help="Which model to export.", metavar="MODEL")] = "base",
+    to: Annotated[Path | None, typer.Option("--to", help="Folder of the pack [default: the home folder's].")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Export again even if the pack is up to date.")] = False,
+) -> None:
+    """Export trained weights as a pack of ONNX graphs, with a parity report."""
+    set_up_logging()
+    from stream.commands import export_pack
+
+    export_pack(err, name, to or home() / "packs" / name, force=force)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="Training configuration in YAML.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+) -> None:
+    """Train a model."""
+    set_up_logging()
+    from stream.commands import train_model
+
+    train_model(config, resume=resume)
+
+
+@app.command()
+def demo(
+    seconds: Annotated[float | None, typer.Option("--seconds", envvar="DEMO_SECONDS", min=1)] = None,
+    http_port: Annotated[int, typer.Option("--http-port")] = 9464,
+) -> None:
+    """Run on two sample sources: a street over RTSP and a clip with sound."""
+    set_up_logging()
+    from stream.demo import run_demo
+
+    run_demo(out, err, seconds, http_port)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as installed
+
+    out.print(f"sightwire {installed('sightwire')} (home {home()}, pid {os.getpid()})")
+
+
+__all__ = ["SourceError", "app", "main"]

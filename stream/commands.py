@@ -1,0 +1,60 @@
+"""Commands that need PyTorch: they say so when it is not installed, instead of a traceback."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from rich.console import Console
+
+from engines.errors import EngineError
+from engines.manifest import MANIFEST_FILE, PARITY_FILE, file_sha256, read_manifest
+from stream.errors import SettingsError
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "models" / "weights"
+"""Trained weights that come with the package."""
+
+
+def _need_torch(what: str) -> None:
+    for module in ("torch", "onnx", "onnxscript", "safetensors"):
+        if importlib.util.find_spec(module) is None:
+            raise SettingsError(f"{what} needs the package {module}; pip install 'sightwire[train]'")
+
+
+def is_current(folder: Path, weights: Path) -> bool:
+    """Whether the pack in ``folder`` was exported from these weights, completely."""
+    if not (folder / MANIFEST_FILE).is_file() or not (folder / PARITY_FILE).is_file():
+        return False
+    checkpoints = sorted(weights.glob("*.safetensors"))
+    try:
+        return bool(checkpoints) and read_manifest(folder).checkpoint_sha256 == file_sha256(checkpoints[0])
+    except EngineError:
+        return False
+
+
+def export_pack(console: Console, name: str, folder: Path, *, force: bool) -> None:
+    """Export the named model's weights to ``folder``, unless that is up to date.
+
+    Raises ``SettingsError`` or ``EngineError`` with one line for the user.
+    """
+    weights = WEIGHTS / name
+    if not weights.is_dir():
+        known = sorted(path.name for path in WEIGHTS.iterdir() if path.is_dir())
+        raise SettingsError(f"no model {name!r}; there are: {', '.join(known)}")
+    if not force and is_current(folder, weights):
+        console.print(f"pack {name} is up to date: {folder}")
+        return
+    _need_torch("sightwire export")
+    from export.onnx import export_base
+
+    with console.status(f"exporting {name}") as status:
+        manifest = export_base(weights, folder, progress=lambda step: status.update(f"exporting {name}: {step}"))
+    console.print(f"pack {manifest.name} {manifest.version}: {folder}")
+
+
+def train_model(config: Path, *, resume: bool) -> None:
+    """Train as the configuration says. Raises ``SettingsError``."""
+    _need_torch("sightwire train")
+    from models.train import train
+
+    train(config, resume=resume)

@@ -1,0 +1,44 @@
+"""HTTP: metrics and health. Loopback by default; any other bind needs a bearer token."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from stream.settings import HttpSettings
+
+
+def create_app(settings: HttpSettings, registry: CollectorRegistry, is_ready: Callable[[], bool]) -> FastAPI:
+    """The application. ``/healthz`` is open to anybody; everything else needs the token when there is one."""
+    app = FastAPI(title="Sightwire", docs_url=None, redoc_url=None, openapi_url=None)
+    token = settings.token.get_secret_value() if settings.token is not None else None
+
+    def authorised(request: Request) -> None:
+        if token is None:
+            return
+        given = request.headers.get("authorization", "")
+        if not secrets.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+
+    @app.get("/healthz")
+    def healthz() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", dependencies=[Depends(authorised)])
+    def readyz(response: Response) -> dict[str, str]:
+        """The engines are warm and the sources started."""
+        if is_ready():
+            return {"status": "ready"}
+        response.status_code = 503
+        return {"status": "starting"}
+
+    @app.get("/metrics", dependencies=[Depends(authorised)])
+    def metrics() -> Response:
+        """Prometheus text format."""
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
