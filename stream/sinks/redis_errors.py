@@ -39,6 +39,7 @@ def open_client(url: str, *, timeout_s: float, connect_timeout_s: float, name: s
         "client_name": name,
         "protocol": 2,  # one shape of reply from every server version
         "decode_responses": True,
+        "encoding_errors": "replace",  # a foreign entry must not stop a reader
         "single_connection_client": single,
     }
     return Redis.from_url(url, **options)
