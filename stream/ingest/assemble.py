@@ -133,7 +133,7 @@ class Assembler(Generic[P]):
             if self._tracks.video:
                 self._hold(run)
                 if pts_ns - (self._early.since_ns or 0) >= VIDEO_WAIT_NS:
-                    self._open_on_audio()
+                    self._open_without_video()
                 return
             self._open(pts_ns, arrival_ns, 0, video=False)
         self._place(run)
@@ -147,7 +147,7 @@ class Assembler(Generic[P]):
     def end(self, reason: str, arrival_ns: int) -> None:
         """No more media will come: flush what is held and end the epoch."""
         if self._selector is None and self._held is None and self._early.runs:
-            self._open_on_audio()
+            self._open_without_video()
         self._close(reason, arrival_ns)
         self._stats.audio_samples_dropped += sum(len(run.samples) for run in self._early.take())
 
@@ -194,7 +194,11 @@ class Assembler(Generic[P]):
         for run in self._early.take():
             self._place(run)
 
-    def _open_on_audio(self) -> None:
+    def _open_without_video(self) -> None:
+        """No second frame came, or not even a first."""
+        if self._held is not None:
+            self._open(self._held.pts_ns, self._held.arrival_ns, 0, video=True)
+            return
         first = self._early.runs[0]
         self._open(first.pts_ns, first.arrival_ns, 0, video=False)
 

@@ -29,6 +29,7 @@ class Failure(StrEnum):
     """A live stream was ended by the other side."""
     CONNECTION_LOST = "connection_lost"
     NOT_MEDIA = "not_media"
+    NOT_RTSP = "not_rtsp"
     EMPTY = "empty"
     NO_STREAM = "no_stream"
     """Neither video nor audio that can be decoded and that some pack looks at."""
@@ -52,6 +53,7 @@ _REMEDY: dict[Failure, tuple[str, bool]] = {
     Failure.ENDED: ("the stream was ended by the server", True),
     Failure.CONNECTION_LOST: ("connection lost; check the camera and the network", True),
     Failure.NOT_MEDIA: ("not a video or audio file; check the address", False),
+    Failure.NOT_RTSP: ("the answer is not understood; check that the port is an RTSP server's", True),
     Failure.EMPTY: ("holds no media (it is empty); check that it was written completely", False),
     Failure.NO_STREAM: ("no video or audio that can be decoded and that a pack uses; check the stream's codecs", False),
     Failure.CORRUPT: ("too much damaged data in a row; check the recording or the network", True),
@@ -100,14 +102,15 @@ def map_av_error(source_id: str, url: str, error: av.error.FFmpegError) -> Sourc
 
 
 def _classify(url: str, error: av.error.FFmpegError) -> Failure:
+    is_file = source_scheme(url) == "file"
     for kind, reason in _BY_TYPE:
         if isinstance(error, kind):
-            return reason
+            return Failure.NOT_RTSP if reason is Failure.NOT_MEDIA and not is_file else reason
     if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
         return Failure.UNREACHABLE
     if error.errno == errno.EINVAL:
         return Failure.BAD_URL
-    if source_scheme(url) != "file" and not _resolves(url):
+    if not is_file and not _resolves(url):
         # FFmpeg says just "input/output error" then.
         return Failure.NO_SUCH_HOST
     return Failure.IO

@@ -17,6 +17,7 @@ from av.stream import Stream
 
 from engines.manifest import VideoInput
 from stream.clock import NS_PER_S, Clock
+from stream.errors import SourceError
 from stream.ingest.assemble import Assembler
 from stream.ingest.capture import Capture, LiveCapture, RecordingCapture, creation_time_ns
 from stream.ingest.decode import Decoder, FrameRenderer, Selected, nothing_decoded, read_packets, select_streams
@@ -117,18 +118,27 @@ class FileSource:
             decoder = Decoder(
                 self.source_id, self._url, selected, tracks.sample_rate, assembler, self.stats, live=False
             )
-            arrival_ns = self._clock.monotonic_ns()
-            for packet, arrival_ns in self._arrivals(container, selected, pacer, stop):
-                if stop.is_set():
-                    decoder.finish("removed", arrival_ns)
-                    return assembler.next_epoch
-                decoder.feed(packet, arrival_ns)
-            decoder.finish("loop" if self._settings.loop else "end_of_stream", arrival_ns)
-        if assembler.next_epoch == epoch:
+            self._decode(container, selected, decoder, pacer, stop)
+        if assembler.next_epoch == epoch and not stop.is_set():
             raise nothing_decoded(self.source_id, self._url, self.stats)
         if pacer is not None:
             pacer.restart(tracks.frame_interval_ns)
         return assembler.next_epoch
+
+    def _decode(
+        self, container: InputContainer, selected: Selected, decoder: Decoder, pacer: Pacer | None, stop: StopFlag
+    ) -> None:
+        arrival_ns = self._clock.monotonic_ns()
+        try:
+            for packet, arrival_ns in self._arrivals(container, selected, pacer, stop):
+                if stop.is_set():
+                    break
+                decoder.feed(packet, arrival_ns)
+        except (SourceError, av.error.FFmpegError):
+            decoder.finish("lost", arrival_ns)
+            raise
+        ending = "loop" if self._settings.loop else "end_of_stream"
+        decoder.finish("removed" if stop.is_set() else ending, arrival_ns)
 
     def _open(self) -> InputContainer:
         if self._path.is_file() and self._path.stat().st_size == 0:

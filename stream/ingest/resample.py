@@ -58,7 +58,8 @@ class MonoResampler:
             self.restarts += 1
         start_ns = pts_ns if pts_ns is not None else self._source.next_ns or 0
         self._format = form
-        self._resampler = AudioResampler(format="flt", layout="mono", rate=self._rate)
+        # Channels are averaged: FFmpeg's own weights for float (0.7 each) overshoot.
+        self._resampler = AudioResampler("flt", "mono", self._rate, options={"rematrix_maxval": "1.0"})
         self._source = SampleCounter(form[2])
         self._source.anchor(start_ns)
         self._output.anchor(start_ns)
