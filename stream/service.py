@@ -20,7 +20,7 @@ from stream.ingest.open import CountingSource, open_source
 from stream.metrics import Metrics, SourceView
 from stream.packs import ServedPack, audio_rate, runners, video_inputs, watches
 from stream.settings import Settings, SourceSettings
-from stream.source_pipeline import SourcePipeline
+from stream.source_pipeline import Outcome, SourcePipeline
 from stream.supervisor import SourceState, SourceStatus, Supervisor
 from stream.types import ClipWindow, EpochEnd, EpochStart, Event
 
@@ -187,38 +187,37 @@ class Service:
 
     async def _handle_results(self) -> None:
         while (result := await self._results.get()) is not None:
-            pack, _ = result.batch.lane
-            self.metrics.batch_size.labels(pack).observe(len(result.batch.windows))
-            if result.predictions is None:
-                self._count_failure(result)
-            else:
-                await self._track(result)
-            for window in result.batch.windows:
-                self.sources[window.key.source_id].pipeline.settle()
+            self._count_batch(result)
+            predictions = result.predictions or [None] * len(result.batch.windows)
+            for window, predicted in zip(result.batch.windows, predictions, strict=True):
+                pipeline = self.sources[window.key.source_id].pipeline
+                outcome = Outcome(window, predicted, result.taken_ns, result.inferred_ns)
+                ready = pipeline.in_turn(outcome)
+                await self._put([event for outcome in ready for event in self._track(outcome)])
+                pipeline.settle(len(ready))
 
-    def _count_failure(self, result: BatchResult) -> None:
+    def _count_batch(self, result: BatchResult) -> None:
         pack, branch = result.batch.lane
-        self.metrics.inference_failures.labels(type(result.error).__name__).inc()
-        self.metrics.views.count_window(pack, "failed", len(result.batch.windows))
-        for window in result.batch.windows:
-            hop = self.ledger.hop(window.key.source_id, "inference")
-            hop.entered += 1
-            hop.drop("failed")
-        log.error("pack %s, branch %s: a batch failed and its windows are dropped: %s", pack, branch, result.error)
-
-    async def _track(self, result: BatchResult) -> None:
-        pack, _ = result.batch.lane
-        self.metrics.views.count_window(pack, "ok", len(result.batch.windows))
+        windows = result.batch.windows
+        ok = result.error is None
+        self.metrics.batch_size.labels(pack).observe(len(windows))
+        self.metrics.views.count_window(pack, "ok" if ok else "failed", len(windows))
         self.metrics.observe_ns("infer", result.inferred_ns - result.taken_ns)
-        events: list[Event] = []
-        for window, predictions in zip(result.batch.windows, result.predictions or (), strict=True):
+        for window in windows:
+            self.metrics.observe_ns("queue", result.taken_ns - window.closed_ns)
             hop = self.ledger.hop(window.key.source_id, "inference")
             hop.entered += 1
-            hop.left += 1
-            self.metrics.observe_ns("queue", result.taken_ns - window.closed_ns)
-            timing = Timing(result.taken_ns, result.inferred_ns, self._clock.monotonic_ns(), self._clock.wall_ns())
-            events += self._tracker.update(window, predictions, timing)
-        await self._put(events)
+            hop.left += ok
+            hop.drop("failed", not ok)
+        if not ok:
+            self.metrics.inference_failures.labels(type(result.error).__name__).inc()
+            log.error("pack %s, branch %s: a batch failed, its windows are dropped: %s", pack, branch, result.error)
+
+    def _track(self, outcome: Outcome) -> list[Event]:
+        if outcome.predictions is None:
+            return []
+        timing = Timing(outcome.taken_ns, outcome.inferred_ns, self._clock.monotonic_ns(), self._clock.wall_ns())
+        return self._tracker.update(outcome.window, outcome.predictions, timing)
 
     async def _watch_loop_lag(self, every_s: float = 0.5) -> None:
         while True:

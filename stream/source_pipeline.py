@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from engines.manifest import Branch
 from stream.accounting import Ledger
 from stream.channel import Channel, Policy
 from stream.clock import NS_PER_S, Clock
 from stream.settings import SourceSettings
-from stream.types import AudioChunk, ClipWindow, EpochEnd, EpochStart, Frame, MediaItem, Progress
+from stream.types import AudioChunk, ClipWindow, EpochEnd, EpochStart, Frame, MediaItem, Prediction, Progress, WindowKey
 from stream.windows import Grace, SourceWindows, Watch
 
 CHANNEL_ITEMS = 256
 """Media items between a decode thread and the loop: some seconds of a live source."""
+
+T = TypeVar("T")
+
+
+class Sequencer(Generic[T]):
+    """Gives results back in the order in which their windows were handed out, whichever is done first.
+
+    Branches of one source are computed in batches of their own; without this the order of a recording's events
+    would depend on the machine.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[WindowKey] = deque()
+        self._done: dict[WindowKey, T] = {}
+
+    def expect(self, key: WindowKey) -> None:
+        """A window is handed out."""
+        self._waiting.append(key)
+
+    def done(self, key: WindowKey, result: T) -> list[T]:
+        """Its result has come; gives all results whose turn it is now."""
+        self._done[key] = result
+        ready = []
+        while self._waiting and self._waiting[0] in self._done:
+            ready.append(self._done.pop(self._waiting.popleft()))
+        return ready
+
 
 OfferWindow = Callable[[ClipWindow, bool], None]
 """Takes a closed window, and whether its source is live."""
@@ -23,6 +53,20 @@ OfferWindow = Callable[[ClipWindow, bool], None]
 def droppable(item: MediaItem) -> bool:
     """Media may be dropped under overload, the marks that hold the timeline together may not."""
     return isinstance(item, (Frame, AudioChunk, Progress))
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a window."""
+
+    window: ClipWindow
+    """The window."""
+    predictions: list[Prediction] | None
+    """``None`` when its batch failed."""
+    taken_ns: int
+    """When an engine took it (monotonic)."""
+    inferred_ns: int
+    """When the engine was done (monotonic)."""
 
 
 class SourcePipeline:
@@ -59,6 +103,7 @@ class SourcePipeline:
             Policy.DROP_OLDEST if settings.live else Policy.BLOCK,
             droppable,
         )
+        self._sequencer: Sequencer[Outcome] = Sequencer()
         self._pending = 0
         self._settled = asyncio.Event()
         self.video_pts_ns: int | None = None
@@ -71,8 +116,13 @@ class SourcePipeline:
             return None
         return (self.video_pts_ns - self.audio_pts_ns) / NS_PER_S
 
+    def in_turn(self, outcome: Outcome) -> list[Outcome]:
+        """A window is done; gives the outcomes to be tracked now. A recording's keep the order of its windows;
+        a live source does not wait."""
+        return [outcome] if self.settings.live else self._sequencer.done(outcome.window.key, outcome)
+
     def settle(self, count: int = 1) -> None:
-        """Windows of this source have been predicted, have failed or were dropped."""
+        """Windows of this source have been tracked, or were dropped."""
         self._pending -= count
         self._settled.set()
 
@@ -112,6 +162,7 @@ class SourcePipeline:
         for window in windows:
             if not self.settings.live:
                 await self._until_pending(self._max_pending - 1)
+                self._sequencer.expect(window.key)
             self._pending += 1
             self._offer(window, self.settings.live)
 

@@ -1,0 +1,164 @@
+"""The supervisor: retries what can be retried, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+import pytest
+
+from stream.accounting import Hop
+from stream.channel import Channel, Policy
+from stream.clock import SystemClock
+from stream.errors import SourceError
+from stream.ingest.stats import DecodeStats
+from stream.settings import RetrySettings
+from stream.supervisor import SourceState, Supervisor, backoff_s
+from stream.types import CaptureClock, ClockOrigin, Emit, EpochEnd, EpochStart, MediaItem, StopFlag
+
+RETRY = RetrySettings(first_s=0.001, max_s=0.004)
+CLOCK = CaptureClock(ClockOrigin.ARRIVAL, 1.0, 0)
+
+
+class Scripted:
+    """A source that does what its script says."""
+
+    source_id = "cam"
+
+    def __init__(self, epoch: int, script: Callable[[Emit, StopFlag, int], None]) -> None:
+        self.stats = DecodeStats(frames_decoded=1)
+        self._epoch = epoch
+        self._script = script
+
+    def run(self, emit: Emit, stop: StopFlag) -> None:
+        self._script(emit, stop, self._epoch)
+
+
+def start(epoch: int) -> EpochStart:
+    return EpochStart("cam", epoch, f"e{epoch}", 0, True, False, 0, CLOCK, True, 0)
+
+
+class Harness:
+    def __init__(self, *scripts: Callable[[Emit, StopFlag, int], None], retry: RetrySettings = RETRY) -> None:
+        self.scripts = list(scripts)
+        self.opened: list[int] = []
+        self.states: list[SourceState] = []
+        self.changed = asyncio.Event()
+        self.channel: Channel[MediaItem] = Channel(Hop(), 64, Policy.BLOCK, lambda item: False)
+        self.supervisor = Supervisor(
+            "cam", self._open, self.channel, retry, SystemClock(), self._changed, random.Random(0)
+        )
+
+    def _open(self, first_epoch: int) -> Scripted:
+        self.opened.append(first_epoch)
+        return Scripted(first_epoch, self.scripts.pop(0))
+
+    def _changed(self, source_id: str, status: object, previous: SourceState) -> None:
+        self.states.append(self.supervisor.status.state)
+        self.changed.set()
+
+    async def reached(self, state: SourceState) -> None:
+        while state not in self.states:
+            self.changed.clear()
+            await self.changed.wait()
+
+    async def run(self) -> list[MediaItem]:
+        async with asyncio.timeout(20):
+            await self.supervisor.run()
+            items: list[MediaItem] = []
+            while (some := await self.channel.get_many()) is not None:
+                items += some
+            return items
+
+
+def lost(reason: str = "connection_lost", retryable: bool = True) -> SourceError:
+    return SourceError("cam", reason, "connection lost", retryable=retryable)
+
+
+async def test_a_lost_camera_comes_back_with_a_new_epoch() -> None:
+    def breaks(emit: Emit, stop: StopFlag, epoch: int) -> None:
+        emit(start(epoch))
+        raise lost()
+
+    def ends(emit: Emit, stop: StopFlag, epoch: int) -> None:
+        emit(start(epoch))
+        emit(EpochEnd("cam", epoch, "end_of_stream", 0))
+
+    harness = Harness(breaks, breaks, ends)
+    items = await harness.run()
+    assert harness.opened == [0, 1, 2]
+    told = [(type(item).__name__, item.epoch) for item in items]
+    assert told == [(name, n) for n in range(3) for name in ("EpochStart", "EpochEnd")]
+    assert [item.reason for item in items if isinstance(item, EpochEnd)] == ["lost", "lost", "end_of_stream"]
+    once = [SourceState.CONNECTING, SourceState.LIVE]
+    assert harness.states == [*once, SourceState.BACKING_OFF, *once, SourceState.BACKING_OFF, *once, SourceState.ENDED]
+    assert harness.supervisor.status.reconnects == {"connection_lost": 2}
+    assert harness.supervisor.frames()["decoded"] == 3
+
+
+async def test_what_cannot_help_is_not_tried_again() -> None:
+    def hopeless(emit: Emit, stop: StopFlag, epoch: int) -> None:
+        raise lost("not_media", retryable=False)
+
+    harness = Harness(hopeless)
+    await harness.run()
+    status = harness.supervisor.status
+    assert status.state is SourceState.FAILED and status.error is not None and status.error.reason == "not_media"
+    assert harness.opened == [0]
+
+
+async def test_watch_gives_up_on_a_camera_that_was_never_there_but_not_on_one_that_was() -> None:
+    def refused(emit: Emit, stop: StopFlag, epoch: int) -> None:
+        raise lost("refused")
+
+    def breaks(emit: Emit, stop: StopFlag, epoch: int) -> None:
+        emit(start(epoch))
+        raise lost()
+
+    def ends(emit: Emit, stop: StopFlag, epoch: int) -> None:
+        return
+
+    give_up = RETRY.model_copy(update={"give_up": True})
+    harness = Harness(refused, retry=give_up)
+    await harness.run()
+    assert harness.supervisor.status.state is SourceState.FAILED
+    harness = Harness(breaks, refused, ends, retry=give_up)
+    await harness.run()
+    assert harness.supervisor.status.state is SourceState.ENDED and harness.opened == [0, 1, 1]
+
+
+async def test_stop_ends_a_source_that_is_running_and_one_that_is_waiting() -> None:
+    def runs(emit: Emit, stop: StopFlag, epoch: int) -> None:
+        emit(start(epoch))
+        assert stop.wait(20)
+
+    def refused(emit: Emit, stop: StopFlag, epoch: int) -> None:
+        raise lost("refused")
+
+    for script, retry in ((runs, RETRY), (refused, RetrySettings(first_s=3600, max_s=3600))):
+        harness = Harness(script, retry=retry)
+        running = asyncio.create_task(harness.run())
+        wanted = SourceState.LIVE if script is runs else SourceState.BACKING_OFF
+        async with asyncio.timeout(20):
+            await harness.reached(wanted)
+            harness.supervisor.stop()
+            items = await running
+        assert harness.supervisor.status.state is SourceState.ENDED
+        if script is runs:
+            assert isinstance(items[-1], EpochEnd) and items[-1].reason == "removed"
+
+
+async def test_a_bug_in_a_source_is_raised_not_retried() -> None:
+    def bug(emit: Emit, stop: StopFlag, epoch: int) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await Harness(bug).run()
+
+
+def test_backoff_doubles_up_to_its_limit_and_jitters_down_to_half() -> None:
+    retry = RetrySettings(first_s=0.25, max_s=2.0)
+    assert [backoff_s(retry, n, 0.0) for n in range(1, 6)] == [0.25, 0.5, 1.0, 2.0, 2.0]
+    assert backoff_s(retry, 4, 1.0) == 1.0
+    assert backoff_s(retry, 10**6, 0.0) == 2.0
