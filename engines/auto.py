@@ -21,6 +21,7 @@ from engines.machine import machine_id
 from engines.manifest import Manifest, Mode, read_manifest
 from engines.measure import random_batch, time_batch
 from engines.parity import ParityReport, check_parity
+from engines.split import split_on_cpu
 
 _log = logging.getLogger(__name__)
 _BATCHES = (1, 4)
@@ -121,7 +122,8 @@ def ms_per_second(folder: Path, manifest: Manifest, backend: str, options: Engin
     total = 0.0
     for name, rate in calls_per_second(manifest).items():
         graph = manifest.graph(name)
-        engine = backends.load(folder / graph.file, manifest.name, graph, backend, options)
+        loaded = backends.load(folder / graph.file, manifest.name, graph, backend, options)
+        engine = split_on_cpu(loaded, graph, options.device)
         try:
             per_item = [time_batch(engine, random_batch(graph, n), _REPEATS).p50_ms / n for n in _BATCHES]
         finally:

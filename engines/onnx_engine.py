@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
@@ -34,6 +35,9 @@ _ORT_ERRORS = (
     ValueError,
 )
 
+_sessions: WeakValueDictionary[tuple[object, ...], Any] = WeakValueDictionary()
+"""Sessions in use, by what they were made from; one is freed with its last engine."""
+
 
 def version() -> str:
     """Version of ONNX Runtime."""
@@ -51,11 +55,23 @@ def load(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Onn
             f"pack {pack}: graph {graph.name}: onnxruntime runs it in fp32, not {options.precision}; "
             "choose precision fp32 or backend openvino"
         )
-    session = _open_session(path, pack, graph, options)
+    session = _shared_session(path, pack, graph, options)
     check_interface(pack, graph.name, graph.inputs, _ports(session.get_inputs()), "input")
     check_interface(pack, graph.name, graph.outputs, _ports(session.get_outputs()), "output")
     device = "cuda:0" if options.device == "cuda" else "cpu"
     return OnnxEngine(session, EngineSpec(pack, graph.name, "onnxruntime", device, "fp32", graph.inputs, graph.outputs))
+
+
+def _shared_session(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Any:
+    """A session that is open already, or a new one.
+
+    ``run`` may be called from several threads at once, so the engines of all threads share weights and memory pool.
+    """
+    key = (str(path.resolve()), graph.sha256, options.threads, options.device)
+    session = _sessions.get(key)
+    if session is None:
+        session = _sessions[key] = _open_session(path, pack, graph, options)
+    return session
 
 
 def _open_session(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Any:

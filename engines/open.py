@@ -14,6 +14,7 @@ from engines.cache import user_cache
 from engines.errors import PackNotFound
 from engines.manifest import MANIFEST_FILE, Manifest, check_integrity, read_manifest
 from engines.parity import check_parity, read_parity
+from engines.split import split_on_cpu
 from engines.types import Engine
 
 PACKS_FOLDER = "packs"
@@ -93,7 +94,8 @@ def open_pack(
         backends.adapter(backend)
         check_parity(report, manifest, backend, precision)
     engines = load_engines(folder, manifest, backend, options)
-    return LoadedPack(folder, manifest, manifest.sha256(), backend, precision, MappingProxyType(engines))
+    split = {name: split_on_cpu(engine, manifest.graph(name), device) for name, engine in engines.items()}
+    return LoadedPack(folder, manifest, manifest.sha256(), backend, precision, MappingProxyType(split))
 
 
 def load_engines(folder: Path, manifest: Manifest, backend: str, options: EngineOptions) -> dict[str, Engine]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engines import auto, backends
@@ -20,6 +22,7 @@ from engines.errors import (
 from engines.manifest import Manifest, TensorSpec, read_manifest, write_manifest
 from engines.measure import random_batch
 from engines.open import find_pack, open_pack
+from engines.tinypack import REFERENCES
 
 Rehash = Callable[[str], Manifest]
 
@@ -187,3 +190,30 @@ def test_auto_takes_what_can_be_measured(tiny: Path, tmp_path: Path) -> None:
 def test_calls_per_second_follow_hops_and_sampling(tiny: Path) -> None:
     rates = auto.calls_per_second(read_manifest(tiny))
     assert rates == {"watch_encoder": 4.0, "watch_window": 2.0, "scene_window": 1.0}
+
+
+def test_onnxruntime_sessions_are_shared_and_freed(tiny: Path) -> None:
+    from engines import onnx_engine
+
+    before = len(onnx_engine._sessions)
+    one, two = open_pack(tiny, backend="onnxruntime"), open_pack(tiny, backend="onnxruntime")
+    assert len(onnx_engine._sessions) == before + 3
+    one.close()
+    assert len(onnx_engine._sessions) == before + 3
+    two.close()
+    assert len(onnx_engine._sessions) == before
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+def test_engines_of_two_threads_do_not_disturb_each_other(tiny: Path, backend: str) -> None:
+    pytest.importorskip(backend)
+    graph = read_manifest(tiny).graph("watch_window")
+    inputs = [random_batch(graph, 5, seed=seed) for seed in range(2)]
+    want = [REFERENCES[graph.name](batch)["action_logits"] for batch in inputs]
+
+    def run(n: int) -> bool:
+        engine = open_pack(tiny, backend=backend).engines[graph.name]
+        return all(np.allclose(engine.infer(inputs[n])["action_logits"], want[n], atol=1e-3) for _ in range(50))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, range(2))) == [True, True]
