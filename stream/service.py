@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from stream.packs import ServedPack, audio_rate, runners, video_inputs, watches
 from stream.settings import Settings, SourceSettings
 from stream.source_pipeline import Outcome, SourcePipeline
 from stream.supervisor import SourceState, SourceStatus, Supervisor
-from stream.types import ClipWindow, EpochEnd, EpochStart, Event
+from stream.types import ClipWindow, EpochEnd, EpochStart, Event, Prediction
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +53,20 @@ class RunningSource:
 class Service:
     """Runs sources until they end or ``stop`` is called.
 
-    ``packs`` must hold one copy for each engine thread of the settings.
+    ``packs`` must hold one copy for each engine thread of the settings. ``opener`` makes the sources (see
+    ``open_source``); a measurement puts its own in between.
     """
 
-    def __init__(self, settings: Settings, packs: Sequence[ServedPack], port: EventPort, clock: Clock) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        packs: Sequence[ServedPack],
+        port: EventPort,
+        clock: Clock,
+        opener: Callable[..., CountingSource] = open_source,
+    ) -> None:
         self.settings = settings
+        self._open_source = opener
         self.ledger = Ledger()
         self.metrics = Metrics(self.ledger)
         self.sources: dict[str, RunningSource] = {}
@@ -124,7 +133,7 @@ class Service:
         )
 
         def connect(first_epoch: int) -> CountingSource:
-            return open_source(settings, inputs, rate, self._clock, first_epoch=first_epoch)
+            return self._open_source(settings, inputs, rate, self._clock, first_epoch=first_epoch)
 
         supervisor = Supervisor(
             settings.id, connect, pipeline.channel, self.settings.retry, self._clock, self._source_changed
@@ -188,8 +197,8 @@ class Service:
     async def _handle_results(self) -> None:
         while (result := await self._results.get()) is not None:
             self._count_batch(result)
-            predictions = result.predictions or [None] * len(result.batch.windows)
-            for window, predicted in zip(result.batch.windows, predictions, strict=True):
+            none: list[list[Prediction] | None] = [None] * len(result.batch.windows)
+            for window, predicted in zip(result.batch.windows, result.predictions or none, strict=True):
                 pipeline = self.sources[window.key.source_id].pipeline
                 outcome = Outcome(window, predicted, result.taken_ns, result.inferred_ns)
                 ready = pipeline.in_turn(outcome)
