@@ -85,7 +85,15 @@ class RtspSource:
         wanted = [kind for kind, on in (("video", self._inputs), ("audio", self._audio_rate)) if on]
         if wanted:
             options["allowed_media_types"] = "+".join(wanted)
-        return av.open(self._url, options=options, timeout=(settings.open_timeout_s, settings.read_timeout_s))
+        timeouts = (settings.open_timeout_s, settings.read_timeout_s)
+        started_ns = self._clock.monotonic_ns()
+        try:
+            return av.open(self._url, options=options, timeout=timeouts)
+        except av.error.FFmpegError:
+            # FFmpeg takes the silence of a server whose reading it broke off for an answer that makes no sense.
+            if self._clock.monotonic_ns() - started_ns >= settings.open_timeout_s * NS_PER_S:
+                raise failure(self.source_id, self._url, Failure.TIMEOUT) from None
+            raise
 
     def _receive(self, container: InputContainer, emit: Emit, stop: StopFlag) -> None:
         selected = select_streams(container, video=bool(self._inputs), audio=self._audio_rate is not None)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 
 import av
@@ -36,7 +37,7 @@ def test_a_click_stays_where_it_was(rate: int) -> None:
     centre_s = (rate // 2 + (width - 1) / 2) / rate
     assert abs(peak / 16_000 - centre_s) < 2.5e-4
     assert abs(len(joined(runs)) - 16_000) <= 16
-    for (pts, samples), (after, _) in zip(runs, runs[1:], strict=False):
+    for (pts, samples), (after, _) in itertools.pairwise(runs):
         assert abs(pts + len(samples) * NS_PER_S // 16_000 - after) <= 1
 
 
