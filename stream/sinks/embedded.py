@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Final
@@ -68,10 +69,14 @@ class EmbeddedServer:
     ``start`` must be awaited on the main thread: the server ends when the thread that started it does.
     """
 
-    def __init__(self, folder: Path, *, start_timeout_s: float = 30.0) -> None:
-        """``folder`` holds the data, the log and the state; it is made when missing."""
+    def __init__(
+        self, folder: Path, *, start_timeout_s: float = 30.0, options: Mapping[str, str] | None = None
+    ) -> None:
+        """``folder`` holds the data, the log and the state; it is made when missing. ``options`` are further lines
+        of the server's configuration."""
         self._folder = folder
         self._timeout_s = start_timeout_s
+        self._options = {**_CONFIG, **(options or {})}
         self._lock: IO[str] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._state: _State | None = None
@@ -97,11 +102,13 @@ class EmbeddedServer:
         async with self._starting:
             if self._state is not None and await _answers(self._state.port):
                 return self.url
+            if self._process is not None and self._process.returncode is None:
+                raise SinkError(f"the embedded Valkey server (pid {self._process.pid}) does not answer")
             self._make_folder()
             if not self._take_lock():
                 return await self._join()
             if (found := self._read_state()) is not None and await _is_ours(found, self._folder):
-                self._state = found  # an orphan of a service that was killed
+                self._state, self._process = found, None  # an orphan of a service that was killed
                 return self.url
             await self._launch()
             return self.url
@@ -186,7 +193,7 @@ class EmbeddedServer:
         raise SinkError(f"the embedded Valkey server does not start: {self._last_log_line()}", retryable=False)
 
     async def _spawn(self, port: int) -> asyncio.subprocess.Process:
-        config = "".join(f"{key} {value}\n" for key, value in _CONFIG.items()) + f"port {port}\n"
+        config = "".join(f"{key} {value}\n" for key, value in self._options.items()) + f"port {port}\n"
         command = [str(_binary()), "-"]  # the configuration comes on stdin; the data folder is the working directory
         if sys.platform == "linux":
             command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
@@ -296,12 +303,24 @@ async def _ask(port: int, command: str, timeout_s: float = 1.0) -> bytes:
 
 
 async def _answers(port: int) -> bool:
-    return (await _ask(port, "PING")).startswith(b"+PONG")
+    """Whether a server is there; one that still loads its data is."""
+    return (await _ask(port, "PING")).startswith((b"+PONG", b"-LOADING"))
 
 
 async def _is_ours(state: _State, folder: Path) -> bool:
     """Whether the server of this state runs, and is the one of this folder (a port may have been given to another)."""
-    return _names_folder(await _ask(state.port, "CONFIG GET dir"), folder)
+    return _names_folder(await _ask(state.port, "CONFIG GET dir"), folder) or _works_in(state.pid, folder)
+
+
+def _works_in(pid: int, folder: Path) -> bool:
+    """Whether that process is a server with this working directory, even if it hangs. (Linux; elsewhere ``False``.)"""
+    try:
+        process = Path("/proc") / str(pid)
+        return (process / "cwd").resolve(strict=True) == folder.resolve() and (
+            "valkey" in (process / "comm").read_text(encoding="utf-8")
+        )
+    except OSError:
+        return False
 
 
 def _names_folder(reply: bytes, folder: Path) -> bool:

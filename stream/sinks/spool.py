@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import shutil
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,8 @@ _VERSION: Final = 1
 _PAGE: Final = 4096
 _SMALLEST: Final = 64
 """Pages that the empty tables and a first event need."""
+_ROOM: Final = 64 << 20
+"""A disk with this much left is not full: it was the spool's own limit."""
 _SCHEMA: Final = f"""\
 CREATE TABLE IF NOT EXISTS events(seq INTEGER PRIMARY KEY AUTOINCREMENT, added_ns INTEGER NOT NULL, body TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS quarantine(
@@ -145,19 +148,13 @@ class Spool:
 
     def _cause(self, error: Exception) -> str:
         code = _code(error)
-        if code == sqlite3.SQLITE_FULL and self._used_pages() >= self._max_pages - 1:
+        if code == sqlite3.SQLITE_FULL and shutil.disk_usage(self._path.parent).free > _ROOM:
             return f"full at {self._max_pages * _PAGE >> 20} MB; bring Redis back or raise spool.max_mb"
         if code == sqlite3.SQLITE_FULL:
             return "the disk is full; free some space"
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return "another Sightwire uses it; end that one or set spool.path"
         return f"cannot be used ({error}); check the disk and spool.path"
-
-    def _used_pages(self) -> int:
-        try:
-            return int(self._one("PRAGMA page_count")) - int(self._one("PRAGMA freelist_count"))
-        except sqlite3.Error:
-            return 0
 
     @property
     def _connection(self) -> sqlite3.Connection:
@@ -222,8 +219,8 @@ class Spool:
             self._count -= db.execute("DELETE FROM events WHERE seq <= ?", (up_to,)).rowcount
         self._note_oldest()
         if self._count == 0:  # give the disk its space back
-            self._connection.execute("PRAGMA incremental_vacuum").fetchall()
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            # executescript, because execute would take a single step: one page.
+            self._connection.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE);")
 
     def _quarantine(self, body: str, reason: str, seq: int | None) -> None:
         with self._connection as db:
