@@ -175,18 +175,14 @@ def _serve(settings: Settings, *, seconds: float | None, show: bool, publish: bo
     from stream import runner, screen
 
     shower: Callable[..., None] | None = screen.event_printer(out) if show else None
-    with err.status("loading packs and warming up engines"):
-        starting = asyncio.new_event_loop()
-        starting.close()
-    summary = asyncio.run(
-        runner.run(
-            settings,
-            show=shower,
-            started=lambda where: screen.print_addresses(err, where, settings),
-            seconds=seconds,
-            publish=publish,
-        )
-    )
+    loading = err.status("loading packs and warming up engines")
+
+    def started(where: runner.Addresses) -> None:
+        loading.stop()
+        screen.print_addresses(err, where, settings)
+
+    with loading:
+        summary = asyncio.run(runner.run(settings, show=shower, started=started, seconds=seconds, publish=publish))
     screen.print_summary(err, summary)
     if summary.failed:
         raise typer.Exit(FAILED)
@@ -211,7 +207,7 @@ def events(
         tail.show_events(
             settings,
             screen.received_printer(out, as_json=as_json),
-            follow=follow,
+            following=follow,
             kinds=kind,
             sources=source,
             last=last,

@@ -28,6 +28,9 @@ __all__ = ["KINDS", "ReceivedEvent", "Subscription", "follow", "subscribe"]
 
 log = logging.getLogger(__name__)
 
+_LOOK_BACK = 2000
+"""Entries of a stream that are looked through for the newest of some sources."""
+
 _Entry = tuple[str, str, dict[str, str], int]
 """Stream, entry id, fields, deliveries."""
 _DEAD_MAXLEN = 100_000
@@ -306,13 +309,8 @@ async def follow(
     connection = PatientConnection(url, block_s=block_s, name="sightwire-follow")
     wanted = None if sources is None else frozenset(sources)
     try:
-        after: dict[str, str] = {}
-        old: list[ReceivedEvent] = []
-        for stream in _streams(prefix, kinds):
-            entries = await connection.call(connection.redis.xrevrange, stream, count=max(backlog, 1))
-            after[stream] = entries[0][0] if entries else "0-0"
-            old.extend(_events(stream, entries, wanted))
-        for event in sorted(old, key=_age)[len(old) - min(backlog, len(old)) :]:
+        old, after = await _newest(connection, _streams(prefix, kinds), wanted, backlog)
+        for event in old:
             yield event
         block_ms = max(1, int(block_s * 1000))
         while True:
@@ -323,6 +321,41 @@ async def follow(
                     yield event
     finally:
         await connection.aclose()
+
+
+async def newest(
+    url: str,
+    *,
+    kinds: Sequence[str] = KINDS,
+    sources: Collection[str] | None = None,
+    prefix: str = "sightwire",
+    count: int = 20,
+) -> list[ReceivedEvent]:
+    """The newest ``count`` events, oldest first, without waiting for more.
+
+    Raises ``ClientError`` as ``subscribe`` does.
+    """
+    connection = PatientConnection(url, block_s=1.0, name="sightwire-newest")
+    wanted = None if sources is None else frozenset(sources)
+    try:
+        return (await _newest(connection, _streams(prefix, kinds), wanted, count))[0]
+    finally:
+        await connection.aclose()
+
+
+async def _newest(
+    connection: PatientConnection, streams: Sequence[str], wanted: frozenset[str] | None, count: int
+) -> tuple[list[ReceivedEvent], dict[str, str]]:
+    """The newest ``count`` events over all streams, oldest first, and each stream's last entry id."""
+    after: dict[str, str] = {}
+    old: list[ReceivedEvent] = []
+    # Only some of the entries may be of a wanted source, so more are looked at than are asked for.
+    looked_at = max(count, 1) if wanted is None else _LOOK_BACK
+    for stream in streams:
+        entries = await connection.call(connection.redis.xrevrange, stream, count=looked_at)
+        after[stream] = entries[0][0] if entries else "0-0"
+        old.extend(_events(stream, entries, wanted))
+    return sorted(old, key=_age)[len(old) - min(count, len(old)) :], after
 
 
 def _events(stream: str, entries: Any, wanted: frozenset[str] | None) -> list[ReceivedEvent]:

@@ -134,7 +134,9 @@ def _pack(folder: Path) -> Check:
         report = read_parity(folder)
     except EngineError as error:
         return Check(name, False, str(error))
-    passed = sorted({f"{entry.backend} {entry.precision}" for entry in report.graphs if entry.passed}) if report else []
+    passed = (
+        sorted({f"{entry.backend} {entry.precision}" for entry in report.entries if entry.passed}) if report else []
+    )
     parity = f"parity with PyTorch on {', '.join(passed)}" if passed else "no parity report; export it again"
     return Check(name, bool(passed), f"{manifest.name} {manifest.version}, {parity}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -10,8 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from stream.doctor import Check
+from stream.received import ReceivedEvent
 from stream.runner import Addresses, Summary
 from stream.settings import Settings, redacted_url
+from stream.sinks.console import ConsoleSink
+from stream.types import Event
 
 
 def print_addresses(console: Console, where: Addresses, settings: Settings) -> None:
@@ -60,4 +64,18 @@ def print_checks(console: Console, checks: list[Check]) -> None:
     console.print(table)
 
 
-ShowLine = Callable[[str], None]
+def event_printer(console: Console) -> Callable[[Event], None]:
+    """Prints a line for each event that was published."""
+    return ConsoleSink(console).show
+
+
+def received_printer(console: Console, *, as_json: bool) -> Callable[[ReceivedEvent], None]:
+    """Prints a line, or a JSON object, for each event read from Redis."""
+    if not as_json:
+        return ConsoleSink(console).show
+
+    def show(event: ReceivedEvent) -> None:
+        attributes = {"id": event.id, "type": event.type, "source": event.source, "time": event.time}
+        console.out(json.dumps(attributes | {"subject": event.subject, "data": event.data}), highlight=False)
+
+    return show
