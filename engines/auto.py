@@ -44,12 +44,13 @@ def fastest_backend(
     options: EngineOptions,
     *,
     require_parity: bool = True,
-    cache: Path,
+    cache: Path | None,
 ) -> str:
     """Name of the installed backend that runs the pack fastest with these options on this machine.
 
     A single candidate is taken without measuring. Raises ``ParityMissing`` or ``ParityFailed`` when no
-    installed backend passes, ``BackendUnavailable`` when none can load the pack.
+    installed backend passes, ``BackendUnavailable`` when none can load the pack. Without ``cache`` nothing
+    is remembered.
     """
     versions = backends.installed()
     candidates = _passing(manifest, report, options.precision, versions) if require_parity else list(versions)
@@ -57,12 +58,14 @@ def fastest_backend(
         raise BackendUnavailable("no backend is installed; pip install onnxruntime")
     if len(candidates) == 1:
         return candidates[0]
-    key = _key(manifest, options, {name: versions[name] for name in candidates})
-    path = cache / "auto" / f"{key}.json"
-    if (remembered := _recall(path)) in candidates:
-        return remembered
+    path = None
+    if cache is not None:
+        path = cache / "auto" / f"{_key(manifest, options, {name: versions[name] for name in candidates})}.json"
+        if (remembered := _recall(path)) in candidates:
+            return remembered
     choice = _measure(folder, manifest, options, candidates)
-    _remember(path, choice)
+    if path is not None:
+        _remember(path, choice)
     return choice.backend
 
 

@@ -77,6 +77,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def user_cache() -> Path:
-    """``$XDG_CACHE_HOME/sightwire``, by default under ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sightwire"
+def user_cache() -> Path | None:
+    """``$XDG_CACHE_HOME/sightwire``, by default under ``~/.cache``; ``None`` for a user without a home.
+
+    Never a shared folder: others could plant engines there.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sightwire"
+    except RuntimeError:  # What Path.home raises.
+        return None

@@ -96,7 +96,7 @@ def logit_tensors(manifest: Manifest) -> frozenset[str]:
     return frozenset(name for head in scored for name in (head.output, *head.without.values()))
 
 
-def time_batch(engine: Engine, batch: Tensors, repeats: int = 20, budget_s: float = 1.0) -> BatchLatency:
+def time_batch(engine: Engine, batch: Tensors, repeats: int = 20, budget_s: float = 0.3) -> BatchLatency:
     """Time up to ``repeats`` calls, at least three, for about ``budget_s``, after one that is not counted."""
     engine.infer(batch)
     times: list[float] = []

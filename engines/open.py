@@ -86,7 +86,7 @@ def open_pack(
     check_integrity(folder, manifest)
     report = read_parity(folder) if require_parity else None
     cache = cache or user_cache()
-    compiled = cache / "engines" if keep_compiled else None
+    compiled = cache / "engines" if cache is not None and keep_compiled else None
     options = EngineOptions(precision=precision, threads=threads, device=device, cache_dir=compiled)
     if backend == "auto":
         backend = fastest_backend(folder, manifest, report, options, require_parity=require_parity, cache=cache)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engines.backends import EngineOptions, load
-from engines.cache import ArtifactCache, CacheKey
+from engines.cache import ArtifactCache, CacheKey, user_cache
 from engines.manifest import read_manifest
 from engines.measure import random_batch
 from engines.tinypack import REFERENCES
@@ -83,3 +83,15 @@ def test_openvino_compiles_when_it_refuses_a_cached_engine(
     engine = load(tiny_master / graph.file, "tiny", graph, "openvino", EngineOptions(cache_dir=tmp_path))
     engine.infer(random_batch(graph, 1))
     assert "cached engine of graph watch_encoder is refused" in caplog.text
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert user_cache() == tmp_path / "sightwire"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert user_cache() is None

@@ -217,3 +217,14 @@ def test_engines_of_two_threads_do_not_disturb_each_other(tiny: Path, backend: s
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(run, range(2))) == [True, True]
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(auto, "_measure_apart", lambda folder, manifest, backend, options: 1.0)
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    assert open_pack(tiny, cache=blocked).backend == "onnxruntime"
+    assert "it is measured again next time" in caplog.text
