@@ -15,11 +15,12 @@ import asyncio
 import logging
 import random
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
+from stream.backoff import Backoff, Wait, wait_for_event
 from stream.clock import NS_PER_S, Clock
 from stream.errors import EventRejected, SinkError, SpoolError
 from stream.sinks.base import Sink
@@ -38,33 +39,6 @@ class PublishObserver(Protocol):
         """``new`` is false where the sink had the id already; ``spooled`` says that it waited on disk, perhaps
         since an earlier run, so that ``made_ns`` may be of another monotonic clock."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Backoff:
-    """Exponential backoff with equal jitter (Brooker, "Exponential Backoff and Jitter", AWS 2015)."""
-
-    first_s: float = 0.1
-    """Before the first probe."""
-    longest_s: float = 5.0
-    """Bound; also taken at once where probing soon can't help (a wrong password)."""
-
-    def delay_s(self, failures: int, jitter: float) -> float:
-        """Wait after this many failures in a row (from 1); ``jitter`` is uniform in 0..1."""
-        return float(min(self.longest_s, self.first_s * 2.0 ** min(failures - 1, 32))) * (0.5 + jitter / 2)
-
-
-Wait = Callable[[asyncio.Event, float | None], Awaitable[None]]
-"""Returns when the event is set or that many seconds are over."""
-
-
-async def wait_for_event(event: asyncio.Event, timeout_s: float | None) -> None:
-    """``Wait`` in real time."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
-    except TimeoutError:
-        pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +87,7 @@ class Publisher:
         self._room = asyncio.Event()
         self._finished = asyncio.Event()
         self._in_flight: asyncio.Future[list[bool]] | None = None
+        self._holds_spool = asyncio.Lock()
         self._running = False
         self._closing = False
         self._abandoned = False
@@ -168,22 +143,26 @@ class Publisher:
         Raises ``SpoolError`` when the spool cannot be opened, or at the end when it cannot take what is left.
         """
         self._running = True
-        try:
-            await self._spool.open()
-            self.recovered = self._spool.count
-            worker = asyncio.create_task(self._work(), name="publisher")
+        async with self._holds_spool:
             try:
-                await asyncio.shield(worker)
-            except asyncio.CancelledError:
-                self._abandon()
-                await worker
-                raise
+                await self._spool.open()
+                self.recovered = self._spool.count
+                await self._work_to_the_end()
             finally:
-                await self._stow()
+                await self._spool.aclose()
+                self._finished.set()
+                self._room.set()
+
+    async def _work_to_the_end(self) -> None:
+        worker = asyncio.create_task(self._work(), name="publisher")
+        try:
+            await asyncio.shield(worker)
+        except asyncio.CancelledError:
+            self._abandon()
+            await worker
+            raise
         finally:
-            await self._spool.aclose()
-            self._finished.set()
-            self._room.set()
+            await self._stow_the_last()
 
     async def aclose(self, grace_s: float = 5.0) -> None:
         """Publish what can be published within the grace period, leave the rest to the spool, end ``run``.
@@ -192,6 +171,7 @@ class Publisher:
         """
         self._closing = True
         self._wake.set()
+        await asyncio.sleep(0)  # a task made for run just before may still have to start
         if not self._running:
             await self._stow_alone()
             return
@@ -358,14 +338,21 @@ class Publisher:
         self.spooled += len(events)
         self._forget(len(events))
 
+    async def _stow_the_last(self) -> None:
+        try:
+            await self._stow()
+        except SpoolError as error:
+            raise SpoolError(f"{error}; {len(self._pending)} events are lost") from None
+
     async def _stow_alone(self) -> None:
         """``_stow`` while ``run`` does not hold the spool open."""
-        if self._pending:
-            await self._spool.open()
-            try:
-                await self._stow()
-            finally:
-                await self._spool.aclose()
+        async with self._holds_spool:
+            if self._pending:
+                await self._spool.open()
+                try:
+                    await self._stow()
+                finally:
+                    await self._spool.aclose()
 
     async def _stow_one_by_one(self, events: list[Event]) -> None:
         for event in events:

@@ -12,8 +12,8 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from stream.backoff import Backoff
 from stream.errors import ClientError
-from stream.publisher import Backoff
 from stream.sinks.redis_errors import FOREIGN, explain, open_client
 
 log = logging.getLogger(__name__)

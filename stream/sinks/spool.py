@@ -122,10 +122,11 @@ class Spool:
 
     async def aclose(self) -> None:
         """Close the file; idempotent."""
-        if self._thread is not None:
+        thread = self._thread
+        if thread is not None:
             await self._run(self._close)
-            self._thread.shutdown(wait=False)
             self._thread = None
+            thread.shutdown(wait=False)
 
     async def _run(self, call: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         if self._thread is None:
