@@ -32,14 +32,15 @@ except (ImportError, ValueError) as error:
     sys.exit(f"rtsp_server: {error}; install gir1.2-gst-rtsp-server-1.0, gstreamer1.0-rtsp and python3-gi")
 
 PAYLOADERS = {
-    "video/x-h264": "h264parse ! rtph264pay config-interval=-1 aggregate-mode=zero-latency",
-    "video/x-h265": "h265parse ! rtph265pay config-interval=-1",
+    "video/x-h264": "h264parse config-interval=-1 ! rtph264pay aggregate-mode=zero-latency",
+    "video/x-h265": "h265parse config-interval=-1 ! rtph265pay aggregate-mode=zero-latency",
     "audio/mpeg": "aacparse ! rtpmp4gpay",
     "audio/x-opus": "rtpopuspay",
     "audio/x-mulaw": "rtppcmupay",
     "audio/x-alaw": "rtppcapay",
 }
-"""How each codec is put into RTP packets."""
+"""How each codec is put into RTP packets. The parser repeats parameter sets once before each key frame; the payloader
+would do it before each slice of one, and so tear it apart."""
 ROLE = "viewer"
 
 

@@ -23,10 +23,10 @@ from stream.settings import SourceSettings, Transport
 from stream.types import Emit, StopFlag, Stopped
 
 OPTIONS = {
-    # A second less to open: the session description says what probing would find out.
+    # A second less to open: the session description says what probing would find out. Not with fflags=nobuffer,
+    # which throws away what little is probed: the first packet, and with it the first key frame.
     "analyzeduration": "0",
     "probesize": "32",
-    "fflags": "nobuffer",
     "protocol_whitelist": "rtsp,rtsps,rtp,srtp,udp,tcp,tls,crypto",
 }
 UDP_OPTIONS = {

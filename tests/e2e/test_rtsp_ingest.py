@@ -115,6 +115,8 @@ def test_flash_and_beep_arrive_together(
     assert start.frame_interval_ns == 40 * MS
     skew_ns = loudness_onset_ns(run.of(AudioChunk)) - brightness_onset_ns(run.of(Frame))
     assert abs(skew_ns) <= 20 * MS
+    assert start.origin_ns <= 80 * MS, "the first key frame must not be lost while probing"
+    assert run.source.stats.frames_late <= 1
     assert len(run.of(Frame)) >= 45
     assert run.of(EpochEnd)[0].reason == "removed"
     assert run.source.stats.corrupt_packets == 0
