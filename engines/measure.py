@@ -18,32 +18,27 @@ Reference = Callable[[Tensors], Mapping[str, Array]]
 
 
 def measure(
-    reference: Reference,
     engine: Engine,
-    batches: Sequence[Tensors],
+    inputs: Sequence[Tensors],
+    expected: Sequence[Mapping[str, Array]],
     *,
     manifest: Manifest,
     backend_version: str,
     threads: int = 1,
     batch_sizes: Sequence[int] = (),
-    engine_batches: Sequence[Tensors] | None = None,
 ) -> GraphParity:
-    """Compare an engine with its reference on ``batches`` and time it at ``batch_sizes``.
+    """Run an engine on batches of ``inputs``, compare with what a reference gave, and time it at ``batch_sizes``.
 
-    ``engine_batches`` are what the engine is given instead, where its inputs come from an engine
-    before it: the error is then that of the chain.
-
-    Raises ``InferenceError`` from the engine, ``ManifestError`` when the two disagree on output shapes.
+    Raises ``InferenceError`` from the engine, ``ManifestError`` when an output has another shape than expected.
     """
     spec = engine.spec
-    given = batches if engine_batches is None else engine_batches
-    pairs = [(reference(batch), engine.infer(own)) for batch, own in zip(batches, given, strict=True)]
+    got = [engine.infer(batch) for batch in inputs]
     logits = logit_tensors(manifest)
     outputs = tuple(
         compare(
             tensor.name,
-            np.concatenate([want[tensor.name] for want, _ in pairs]),
-            np.concatenate([got[tensor.name] for _, got in pairs]),
+            np.concatenate([batch[tensor.name] for batch in expected]),
+            np.concatenate([batch[tensor.name] for batch in got]),
             logits=tensor.name in logits,
         )
         for tensor in spec.outputs
@@ -56,9 +51,9 @@ def measure(
         device=spec.device,
         precision=spec.precision,
         threads=threads,
-        samples=sum(_batch_of(batch) for batch in batches),
+        samples=sum(_batch_of(batch) for batch in inputs),
         outputs=outputs,
-        latency=tuple(time_batch(engine, repeat_to(batches[0], size)) for size in batch_sizes),
+        latency=tuple(time_batch(engine, repeat_to(inputs[0], size)) for size in batch_sizes),
         passed=within_bounds(manifest, spec.precision, outputs) is None,
     )
 

@@ -298,7 +298,8 @@ def _measured(folder: Path, manifest: Manifest, batch_sizes: Sequence[int] = (1,
                 folder / graph.file, manifest.name, graph, backend, backends.EngineOptions(threads=1)
             )
             batches = [random_batch(graph, size, seed=size) for size in batch_sizes]
-            entries.append(measure(REFERENCES[graph.name], engine, batches, manifest=manifest, backend_version=version))
+            expected = [REFERENCES[graph.name](batch) for batch in batches]
+            entries.append(measure(engine, batches, expected, manifest=manifest, backend_version=version))
             engine.close()
     return ParityReport(
         pack=manifest.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,14 +14,13 @@ from engines import backends
 from engines.backends import EngineOptions
 from engines.errors import BackendUnavailable, ManifestError
 from engines.machine import cpu_model
-from engines.manifest import Branch, Manifest, read_manifest
+from engines.manifest import Branch, GraphSpec, Manifest, read_manifest
 from engines.measure import Reference, measure
 from engines.open import load_engines
 from engines.parity import ClipUsed, GraphParity, ParityReport, write_parity
 from engines.types import Array, Engine, Tensors
 from export.clips import RawWindow, default_clips, open_recording, windows_of
 
-__all__ = ["Reference", "measure", "run_parity"]
 _log = logging.getLogger(__name__)
 
 
@@ -31,7 +30,7 @@ def run_parity(
     clips: Sequence[Path] = (),
     *,
     windows_per_clip: int = 3,
-    batch_sizes: Sequence[int] = (1, 2, 4, 8),
+    batch_sizes: Sequence[int] = (1, 4),
     threads: int = 1,
     reference_name: str = "",
 ) -> ParityReport:
@@ -48,8 +47,11 @@ def run_parity(
         raise ManifestError(f"pack {manifest.name}: no reference for graphs {sorted(missing)}; give one for each")
     recordings = [open_recording(path) for path in clips or default_clips()]
     windows = {branch.name: windows_of(recordings, branch, windows_per_clip) for branch in manifest.branches}
-    flat = {name: [window for clip in cut for window in clip] for name, cut in windows.items()}
-    task = _Task(folder, manifest, references, flat, batch_sizes)
+    cases = {
+        branch.name: [_case(manifest, branch, references, window) for clip in windows[branch.name] for window in clip]
+        for branch in manifest.branches
+    }
+    task = _Task(folder, manifest, cases, batch_sizes)
     entries = [
         entry
         for backend in backends.installed()
@@ -71,11 +73,42 @@ def run_parity(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Case:
+    """One window, and what the reference makes of it."""
+
+    inputs: dict[str, Array]
+    """As a clip-mode graph takes them, batch 1."""
+    features: Mapping[str, Array]
+    """Outputs of the encoder over the window's frames; empty without one."""
+    outputs: Mapping[str, Array]
+    """Outputs of the window graph."""
+
+    @property
+    def pictures(self) -> dict[str, Array]:
+        """The encoder's input: the window's frames as a batch."""
+        return {"frames": self.inputs["frames"][0]}
+
+    def with_features(self, encoded: Mapping[str, Array]) -> dict[str, Array]:
+        """The inputs with features in place of frames; zeros where the frame is missing, as in the service."""
+        features = encoded["features"] * self.inputs["frame_mask"][0, :, None]
+        return {**self.inputs, "features": features[None].astype(np.float32)}
+
+
+def _case(manifest: Manifest, branch: Branch, references: Mapping[str, Reference], window: RawWindow) -> _Case:
+    judge, graph = references[branch.graph], manifest.graph(branch.graph)
+    case = _Case(window.tensors(), {}, {})
+    if branch.encoder is None:
+        return _Case(case.inputs, {}, judge(_only(case.inputs, graph)))
+    features = references[branch.encoder](case.pictures)
+    return _Case(case.inputs, features, judge(_only(case.with_features(features), graph)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Task:
     folder: Path
     manifest: Manifest
-    references: Mapping[str, Reference]
-    windows: Mapping[str, Sequence[RawWindow]]
+    cases: Mapping[str, Sequence[_Case]]
+    """By branch."""
     batch_sizes: Sequence[int]
 
 
@@ -88,17 +121,16 @@ def _measure_backend(task: _Task, backend: str, options: EngineOptions) -> list[
     version = backends.adapter(backend).version()
     entries: dict[str, GraphParity] = {}
     for branch in task.manifest.branches:
-        for graph, wanted, own in _batches(branch, engines, task.references, task.windows[branch.name]):
+        for graph, inputs, expected in _batches(task.manifest, branch, engines, task.cases[branch.name]):
             if graph not in entries:
                 entries[graph] = measure(
-                    task.references[graph],
                     engines[graph],
-                    wanted,
+                    inputs,
+                    expected,
                     manifest=task.manifest,
                     backend_version=version,
                     threads=options.threads,
                     batch_sizes=task.batch_sizes,
-                    engine_batches=own,
                 )
                 _report(entries[graph])
     for engine in engines.values():
@@ -113,33 +145,24 @@ def _report(entry: GraphParity) -> None:
     _log.log(level, "parity: %s %s, max error %.3g", engine, verdict, entry.max_abs_error)
 
 
-GraphBatches = tuple[str, list[Tensors], list[Tensors]]
-"""A graph's name, what its reference is given, and what the engine is given."""
+GraphBatches = tuple[str, list[Tensors], list[Mapping[str, Array]]]
+"""A graph's name, what the engine is given, and what the reference gave."""
 
 
 def _batches(
-    branch: Branch, engines: Mapping[str, Engine], references: Mapping[str, Reference], windows: Sequence[RawWindow]
-) -> list[GraphBatches]:
-    """Inputs of each graph of a branch, one batch for each window."""
-    raw = [window.tensors() for window in windows]
-    names = [tensor.name for tensor in engines[branch.graph].spec.inputs]
+    manifest: Manifest, branch: Branch, engines: Mapping[str, Engine], cases: Sequence[_Case]
+) -> Iterator[GraphBatches]:
+    """Inputs and expected outputs of each graph of a branch, one batch for each window."""
+    outputs = [case.outputs for case in cases]
+    graph = manifest.graph(branch.graph)
     if branch.encoder is None:
-        own = [_only(inputs, names) for inputs in raw]
-        return [(branch.graph, list(own), list(own))]
-    pictures: list[Tensors] = [{"frames": inputs["frames"][0]} for inputs in raw]
-    wanted = [_staged(inputs, references[branch.encoder](batch)) for inputs, batch in zip(raw, pictures, strict=True)]
-    got = [_staged(inputs, engines[branch.encoder].infer(batch)) for inputs, batch in zip(raw, pictures, strict=True)]
-    return [
-        (branch.encoder, pictures, pictures),
-        (branch.graph, [_only(inputs, names) for inputs in wanted], [_only(inputs, names) for inputs in got]),
-    ]
+        yield branch.graph, [_only(case.inputs, graph) for case in cases], outputs
+        return
+    yield branch.encoder, [case.pictures for case in cases], [case.features for case in cases]
+    encoder = engines[branch.encoder]
+    own = [_only(case.with_features(encoder.infer(case.pictures)), graph) for case in cases]
+    yield branch.graph, own, outputs
 
 
-def _staged(inputs: Mapping[str, Array], encoded: Mapping[str, Array]) -> dict[str, Array]:
-    """A window's inputs with features in place of frames; zeros where the frame is missing, as in the service."""
-    features = encoded["features"] * inputs["frame_mask"][0, :, None]
-    return {**inputs, "features": features[None].astype(np.float32)}
-
-
-def _only(inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Array]:
-    return {name: inputs[name] for name in names}
+def _only(inputs: Mapping[str, Array], graph: GraphSpec) -> Tensors:
+    return {tensor.name: inputs[tensor.name] for tensor in graph.inputs}

@@ -10,6 +10,7 @@ import pytest
 
 from engines.backends import installed
 from engines.errors import ManifestError, ParityFailed, ParityMissing
+from engines.fake import FakeEngine
 from engines.manifest import file_sha256, read_manifest, write_manifest
 from engines.open import open_pack
 from engines.parity import read_parity
@@ -103,6 +104,13 @@ def test_a_graph_that_computes_something_else_fails(clip: Path, tiny: Path) -> N
     assert window is not None and window.max_abs_error == pytest.approx(0.4, rel=0.01)
     with pytest.raises(ParityFailed, match=r"features is off by 0\.01"):
         open_pack(tiny, backend="onnxruntime")
+
+
+def test_a_reference_is_given_the_inputs_of_its_graph_and_no_others(clip: Path, tiny: Path) -> None:
+    manifest = read_manifest(tiny)
+    strict = {graph.name: FakeEngine("tiny", graph, REFERENCES[graph.name]).infer for graph in manifest.graphs}
+    report = run_parity(tiny, strict, [clip], batch_sizes=())
+    assert all(entry.passed for entry in report.entries)
 
 
 def test_a_reference_for_every_graph_is_needed(clip: Path, tiny: Path) -> None:
