@@ -45,7 +45,7 @@ class LoadedPack:
 
 
 def find_pack(name_or_path: str | Path, home: Path) -> Path:
-    """Folder of a pack: ``home/packs/NAME`` for a bare name, else the path itself.
+    """Folder of a pack: for a bare name ``home/packs/NAME``, or else a folder of that name here; else the path itself.
 
     Raises ``PackNotFound`` naming the packs that there are.
     """
