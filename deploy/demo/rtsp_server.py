@@ -113,7 +113,8 @@ def played(track: Track, period: int | None) -> Iterator[Any]:
     offset = 0
     while True:
         for buffer in track.buffers:
-            shifted = buffer.copy()
+            # PyGObject's copy() gives the same buffer again, whose times would add up.
+            shifted = buffer.copy_deep()
             shifted.pts += offset
             if buffer.dts != Gst.CLOCK_TIME_NONE:
                 shifted.dts += offset
