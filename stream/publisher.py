@@ -5,8 +5,8 @@ spool on disk, and so does every later one, so that order holds; the sink is pro
 and the spool is drained in order once it is back. An event leaves memory only when the sink or the spool has it.
 
 A server may have acknowledged events that it then forgot: a crash within the second that its append-only file lags
-behind. So after every failure the events acknowledged in the last seconds are sent again first; the sink recognises
-those it still has by their ids.
+behind. So after every failure the events acknowledged in the last seconds go back to the head of the queue; the
+sink recognises those it still has by their ids.
 """
 
 from __future__ import annotations
@@ -45,14 +45,16 @@ class PublishObserver(Protocol):
 class _Entry:
     event: Event
     seq: int | None
-    """Place in the spool; ``None`` for one in memory."""
+    """Place in the spool; ``None`` for one in memory,"""
+    queue: deque[Event] | None
+    """at the head of this."""
 
 
 class Publisher:
     """Owns the way from ``put`` to the sink. ``run`` does the work; ``aclose`` ends it without losing an event.
 
     The counters are plain attributes, to be read at any time. After a drain
-    ``accepted + recovered == published (all kinds) + duplicates + quarantined + spool.count``.
+    ``accepted + recovered + resent == published (all kinds) + duplicates + quarantined + spool.count``.
     """
 
     def __init__(
@@ -81,8 +83,9 @@ class Publisher:
         self._capacity = capacity
         self._resend_ns = int(resend_s * NS_PER_S)
         self._pending: deque[Event] = deque()
+        self._again: deque[Event] = deque()
+        """Acknowledged, perhaps forgotten; older than all in the spool, which is older than all pending."""
         self._recent: deque[tuple[int, Event]] = deque(maxlen=capacity)
-        self._resend = False
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
         self._finished = asyncio.Event()
@@ -103,7 +106,7 @@ class Publisher:
         self.duplicates = 0
         """Events that the sink had already."""
         self.resent = 0
-        """Acknowledged events that the sink had lost and took again."""
+        """Events sent once more after a failure, although acknowledged: the sink may have lost them."""
         self.spooled = 0
         """Events that went by way of the disk."""
         self.quarantined = 0
@@ -121,7 +124,7 @@ class Publisher:
     @property
     def pending(self) -> int:
         """Events in memory."""
-        return len(self._pending)
+        return len(self._again) + len(self._pending)
 
     async def put(self, events: Sequence[Event]) -> None:
         """Take events over, in order. Waits while memory is full, which it gets only when the spool fails too.
@@ -148,6 +151,10 @@ class Publisher:
                 await self._spool.open()
                 self.recovered = self._spool.count
                 await self._work_to_the_end()
+            except asyncio.CancelledError:
+                await self._spool.open()  # where opening it was cut short
+                await self._stow_the_last()
+                raise
             finally:
                 await self._spool.aclose()
                 self._finished.set()
@@ -189,7 +196,7 @@ class Publisher:
     async def _work(self) -> None:
         while True:
             await self._wait_for_work()
-            if self._closing and (self._sink_is_away() or not (self._pending or self._spool.count)):
+            if self._closing and (self._sink_is_away() or not (self.pending or self._spool.count)):
                 return
             if self._spool.count or self._sink_is_away():
                 await self._stow_or_tell()
@@ -198,7 +205,7 @@ class Publisher:
 
     async def _wait_for_work(self) -> None:
         """Return when there is something to do: new events, a probe that is due, or the end."""
-        waiting = bool(self._pending or self._spool.count)
+        waiting = bool(self.pending or self._spool.count)
         if self._closing or (waiting and not self._sink_is_away()):
             await asyncio.sleep(0)
             return
@@ -209,7 +216,6 @@ class Publisher:
     async def _attempt(self) -> None:
         """Send one batch; on failure, put everything on disk and set the time of the next probe."""
         try:
-            await self._send_again()
             batch = await self._next_batch()
             await self._deliver(batch)
         except SpoolError as error:
@@ -224,9 +230,10 @@ class Publisher:
 
     async def _next_batch(self) -> list[_Entry]:
         size = self._batch_size()
-        if self._spool.count:
-            return [_Entry(entry.event, entry.seq) for entry in await self._spool.peek(size)]
-        return [_Entry(event, None) for event in islice(self._pending, size)]
+        if self._spool.count and not self._again:
+            return [_Entry(entry.event, entry.seq, None) for entry in await self._spool.peek(size)]
+        queue = self._again or self._pending
+        return [_Entry(event, None, queue) for event in islice(queue, size)]
 
     def _batch_size(self) -> int:
         """Smaller after each failure, lest a slow line never get a batch through before the timeout."""
@@ -262,12 +269,11 @@ class Publisher:
         raise SinkError("the sink did not take all events before the end", reason="closing")
 
     async def _settle(self, batch: list[_Entry], flags: list[bool]) -> None:
-        last = batch[-1].seq
+        last = batch[-1]
         now, wall = self._now(), self._clock.wall_ns()
-        if last is not None:
-            await self._spool.remove(last)
-        else:
-            self._forget(len(batch))
+        if last.seq is not None:
+            await self._spool.remove(last.seq)
+        self._forget(last.queue, len(batch))
         for entry, new in zip(batch, flags, strict=True):
             self._recent.append((now, entry.event))
             if new:
@@ -282,29 +288,16 @@ class Publisher:
     async def _reject(self, entry: _Entry, error: EventRejected) -> None:
         log.error("event %s of %s is put aside: %s", entry.event.id, entry.event.source, error)
         await self._spool.quarantine(entry.event, str(error), entry.seq)
-        if entry.seq is None:
-            self._forget(1)
+        self._forget(entry.queue, 1)
         self.quarantined += 1
         self.failures[error.reason] += 1
-
-    async def _send_again(self) -> None:
-        """After a failure: make sure that the server still has what it acknowledged last."""
-        if not self._resend:
-            return
-        events = [event for _, event in self._recent]
-        size = self._batch_size()
-        for start in range(0, len(events), size):
-            try:
-                self.resent += sum(await self._publish(events[start : start + size]))
-            except EventRejected as error:  # taken before, refused now: the queue will meet the same
-                log.warning("could not check the events acknowledged last: %s", error)
-                break
-        self._resend = False
 
     def _failed(self, error: SinkError) -> None:
         self.failures[error.reason] += 1
         self._failures_in_row += 1
-        self._resend = True
+        self.resent += len(self._recent)
+        self._again.extendleft(event for _, event in reversed(self._recent))
+        self._recent.clear()
         delay_s = self._backoff.delay_s(self._failures_in_row, self._jitter())
         if not error.retryable:
             delay_s = self._backoff.longest_s
@@ -320,13 +313,17 @@ class Publisher:
         except SpoolError as error:
             self.failures[error.reason] += 1
             if not self._spool_told:
-                log.error("%s; %d events are held in memory", error, len(self._pending))
+                log.error("%s; %d events are held in memory", error, self.pending)
             self._spool_told = True
         else:
             self._spool_told = False
 
     async def _stow(self) -> None:
-        """Move everything in memory to the spool. Raises ``SpoolError``; then nothing was moved."""
+        """Move everything in memory to the spool, to where it belongs. Raises ``SpoolError``."""
+        if self._again:
+            count = len(self._again)
+            await self._spool.prepend(list(self._again))
+            self._forget(self._again, count)
         events = list(self._pending)
         if not events:
             return
@@ -336,18 +333,18 @@ class Publisher:
             await self._stow_one_by_one(events)
             return
         self.spooled += len(events)
-        self._forget(len(events))
+        self._forget(self._pending, len(events))
 
     async def _stow_the_last(self) -> None:
         try:
             await self._stow()
         except SpoolError as error:
-            raise SpoolError(f"{error}; {len(self._pending)} events are lost") from None
+            raise SpoolError(f"{error}; {self.pending} events are lost") from None
 
     async def _stow_alone(self) -> None:
         """``_stow`` while ``run`` does not hold the spool open."""
         async with self._holds_spool:
-            if self._pending:
+            if self.pending:
                 await self._spool.open()
                 try:
                     await self._stow()
@@ -359,15 +356,17 @@ class Publisher:
             try:
                 await self._spool.append([event])
             except EventRejected as error:
-                await self._reject(_Entry(event, None), error)
+                await self._reject(_Entry(event, None, self._pending), error)
             else:
                 self.spooled += 1
-                self._forget(1)
+                self._forget(self._pending, 1)
 
-    def _forget(self, count: int) -> None:
+    def _forget(self, queue: deque[Event] | None, count: int) -> None:
         """Take events that are safe elsewhere out of memory."""
+        if queue is None:
+            return
         for _ in range(count):
-            self._pending.popleft()
+            queue.popleft()
         if len(self._pending) < self._capacity:
             self._room.set()
 

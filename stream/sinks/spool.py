@@ -104,6 +104,10 @@ class Spool:
         """
         await self._run(self._append, [_to_text(event) for event in events])
 
+    async def prepend(self, events: Sequence[Event]) -> None:
+        """Add events before all others, in this order; else as ``append``."""
+        await self._run(self._prepend, [_to_text(event) for event in events])
+
     async def peek(self, limit: int) -> list[SpooledEvent]:
         """The oldest events, up to ``limit``; they stay."""
         return await self._run(self._peek, limit)
@@ -210,6 +214,15 @@ class Spool:
         self._count += len(bodies)
         if self._oldest_ns is None and bodies:
             self._oldest_ns = now
+
+    def _prepend(self, bodies: list[str]) -> None:
+        now = self._clock.wall_ns()
+        first = int(self._one("SELECT coalesce(min(seq), 0) FROM events")) - len(bodies)
+        rows = [(first + place, now, body) for place, body in enumerate(bodies)]
+        with self._connection as db:
+            db.executemany("INSERT INTO events(seq, added_ns, body) VALUES (?, ?, ?)", rows)
+        self._count += len(bodies)
+        self._note_oldest()
 
     def _peek(self, limit: int) -> list[SpooledEvent]:
         rows = self._connection.execute("SELECT seq, body FROM events ORDER BY seq LIMIT ?", (limit,)).fetchall()

@@ -51,6 +51,16 @@ async def test_the_age_of_the_oldest_is_told(spool: Spool, clock: Any, make_even
     assert spool.oldest_age_s() == 0.0
 
 
+async def test_events_can_be_put_before_all_others(spool: Spool, make_event: Any) -> None:
+    await spool.prepend([make_event(4)])
+    await spool.append([make_event(5)])
+    await spool.prepend([make_event(2), make_event(3)])
+    await spool.prepend([make_event(1)])
+    assert await _ids(spool) == [f"gate-action-{number}" for number in range(1, 6)]
+    await spool.remove((await spool.peek(3))[-1].seq)
+    assert await _ids(spool) == ["gate-action-4", "gate-action-5"]
+
+
 async def test_places_are_never_given_twice(spool: Spool, make_event: Any) -> None:
     await spool.append([make_event(1)])
     (first,) = await spool.peek(1)
