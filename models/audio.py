@@ -39,12 +39,19 @@ class LogMel(nn.Module):
 
     def forward(self, audio: Tensor) -> Tensor:
         """float32 waveform ``[B, N]`` in -1..1 to ``[B, MELS, frames]``, about -2..2."""
+        return compress(self.power(audio))
+
+    def power(self, audio: Tensor) -> Tensor:
+        """float32 waveform ``[B, N]`` to mel power ``[B, MELS, frames]``; the power of a mixture is nearly the sum."""
         parts = F.conv1d(audio[:, None], self.fourier, stride=STEP, padding=(FRAME - STEP) // 2)
         real, imaginary = parts.chunk(2, dim=1)
         power = real.square() + imaginary.square()
-        levels = torch.log(torch.matmul(self.mel, power) + 1e-6)
-        # Silence lies at log 1e-6 = -13.8, loud sound near 5: this brings the range to about -2..2.
-        return (levels + 5.0) / 5.0
+        return torch.matmul(self.mel, power)
+
+
+def compress(power: Tensor) -> Tensor:
+    """Mel power to log-mel. Silence lies at log 1e-6 = -13.8, loud sound near 5: the range becomes about -2..2."""
+    return (torch.log(power + 1e-6) + 5.0) / 5.0
 
 
 class DepthwiseBlock(nn.Module):

@@ -7,7 +7,6 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -138,8 +137,3 @@ def load_weights(folder: Path) -> tuple[BaseModel, str]:
 def _stored(name: str) -> bool:
     """Batch counters of normalisation layers mean nothing after training."""
     return not name.endswith("num_batches_tracked")
-
-
-def seed_everything(seed: int) -> None:
-    """One seed for every generator that training draws from."""
-    torch.manual_seed(seed)

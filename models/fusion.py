@@ -89,10 +89,17 @@ class WindowHead(nn.Module):
         seen = (frame_mask.amax(dim=1) > 0)[:, None]
         heard = (audio_mask > 0)[:, None]
         video = torch.where(seen, self.temporal(features, frame_mask), self.no_video)
-        # Silenced before the network too: normalisation by batch must not see what is not there.
-        audible = torch.where(heard[:, :, None], spectrogram, torch.zeros_like(spectrogram))
-        sound = torch.where(heard, self.audio(audible), self.no_audio)
-        return video, sound
+        if self.training:
+            return video, self._hear(spectrogram, heard[:, 0])
+        return video, torch.where(heard, self.audio(spectrogram), self.no_audio)
+
+    def _hear(self, spectrogram: Tensor, heard: Tensor) -> Tensor:
+        """Only what is there goes through the network: normalisation by batch must not count what is not."""
+        sound = self.no_audio.expand(len(heard), -1).clone()
+        # Batch statistics need two items.
+        if int(heard.sum()) > 1:
+            sound[heard] = self.audio(spectrogram[heard])
+        return sound
 
     def judge(self, video: Tensor, sound: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of actions ``[..., 16]`` and of sounds ``[..., 11]`` from vectors ``[..., EMBEDDING]``.

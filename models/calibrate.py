@@ -1,0 +1,92 @@
+"""Temperatures and thresholds from scores of recordings that the scoring weights were not trained on.
+
+Temperature: Guo et al., ICML 2017 (arXiv:1706.04599). Thresholds favour precision: an alarm that is wrong
+costs the user's trust in all the others.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.base import Calibration
+from models.labels import ACTIONS, SOUNDS
+from models.losses import known_bce, known_cross_entropy
+from models.predict import ActionScores, SoundScores
+
+MAX_FALSE_RATE = 0.01
+"""Share of the windows without an action that may lie over its threshold."""
+BETA = 0.5
+"""Precision counts for more than recall in the F-measure."""
+LOWEST_ON, HIGHEST_ON = 0.5, 0.95
+GAP = 0.2
+"""An event ends when the score falls this far under its threshold."""
+_TEMPERATURES = np.geomspace(0.4, 4.0, 47)
+
+
+def calibrate(actions: ActionScores, sounds: SoundScores) -> Calibration:
+    """From out-of-fold scores."""
+    action_t = _best_temperature(actions.logits, actions.targets, known_bce)
+    sound_t = _best_temperature(sounds.logits, sounds.targets, _plain_cross_entropy)
+    action_p = sigmoid(actions.logits / action_t)
+    sound_p = softmax(sounds.logits / sound_t)
+    one_hot = (sounds.targets[:, None] == np.arange(len(SOUNDS))).astype(np.int8)
+    return Calibration(
+        action_temperature=round(action_t, 4),
+        class_temperature=round(sound_t, 4),
+        thresholds={
+            "action": _thresholds(action_p, actions.targets, ACTIONS, "other"),
+            "class": _thresholds(sound_p, one_hot, SOUNDS, "none"),
+        },
+    )
+
+
+def threshold(scores: NDArray[np.float32], positive: NDArray[np.bool_]) -> float:
+    """The score with the best F-measure among those that few enough negatives exceed."""
+    candidates = np.arange(LOWEST_ON, HIGHEST_ON + 1e-9, 0.01)
+    best, best_measure = HIGHEST_ON, 0.0
+    for candidate in candidates:
+        over = scores >= candidate
+        hits, false = int((over & positive).sum()), int((over & ~positive).sum())
+        if false > MAX_FALSE_RATE * max(1, int((~positive).sum())):
+            continue
+        missed = int(positive.sum()) - hits
+        measure = (1 + BETA**2) * hits / max(1e-9, (1 + BETA**2) * hits + BETA**2 * missed + false)
+        if measure > best_measure:
+            best, best_measure = float(candidate), measure
+    return round(best, 2)
+
+
+def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logistic function."""
+    return torch.sigmoid(torch.from_numpy(np.asarray(logits, np.float32))).numpy()
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Over the last axis."""
+    return torch.softmax(torch.from_numpy(np.asarray(logits, np.float32)), dim=-1).numpy()
+
+
+def _thresholds(
+    scores: NDArray[np.float32], targets: NDArray[np.int8], labels: tuple[str, ...], background: str
+) -> dict[str, tuple[float, float]]:
+    found = {}
+    for column, label in enumerate(labels):
+        known = targets[:, column] >= 0
+        if label != background:
+            on = threshold(scores[known, column], targets[known, column] == 1)
+            found[label] = (on, round(on - GAP, 2))
+    return found
+
+
+def _best_temperature(logits: NDArray[np.float32], targets: NDArray[np.generic], loss: object) -> float:
+    assert callable(loss)
+    scores, truth = torch.from_numpy(logits), torch.from_numpy(targets)
+    losses = [float(loss(scores / float(t), truth)) for t in _TEMPERATURES]
+    return float(_TEMPERATURES[int(np.argmin(losses))])
+
+
+def _plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return known_cross_entropy(logits, targets, smoothing=0.0)

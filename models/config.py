@@ -1,0 +1,95 @@
+"""The training configuration: one YAML file, checked before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from models.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Schedule(_Strict):
+    """One optimisation: AdamW under a cosine after a short linear rise."""
+
+    steps: Positive
+    """Updates."""
+    batch: Positive
+    """Items of an update."""
+    learning_rate: Rate
+    """At its highest."""
+    weight_decay: Share
+    """Decoupled (Loshchilov and Hutter, ICLR 2019)."""
+
+
+class TestGroups(_Strict):
+    """Groups that no shipped weight, threshold or temperature has seen."""
+
+    __test__ = False
+    fights: tuple[str, ...]
+    """``source_id``"""
+    gmdcsa24: tuple[str, ...]
+    """Subjects."""
+    ut_interaction: tuple[str, ...]
+    """Sequences."""
+    weizmann: tuple[str, ...]
+    """Subjects."""
+    esc10: tuple[str, ...]
+    """Folds."""
+
+
+class TrainConfig(_Strict):
+    """Everything a run depends on, but for the data."""
+
+    data: Path
+    """Folder of the training data."""
+    cache: Path = Path(".sightwire/cache")
+    """Features of the frozen trunk and the state of unfinished runs; may be deleted at any time."""
+    out: Path = Path("models/weights/base")
+    """Where the weights go."""
+    seed: int = 0
+    """Of everything random."""
+    threads: Positive = 1
+    """Of PyTorch; another number gives slightly other weights."""
+    folds: Annotated[int, Field(ge=2, le=10)] = 3
+    """Cross-validation over the training groups, for temperatures and thresholds."""
+    window: Schedule
+    """The window head."""
+    decoder: Schedule
+    """The segmentation decoder."""
+    video_dropout: Share = 0.2
+    """Share of training windows without a picture."""
+    audio_dropout: Share = 0.3
+    """Share of training windows without sound."""
+    limit: Positive | None = None
+    """Recordings per data set, for a quick trial; all without."""
+    test: TestGroups
+    """Held out."""
+
+
+def read_config(path: Path) -> TrainConfig:
+    """Read a configuration. Raises ``ConfigError`` naming the file and the key."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration at {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "configuration"
+        raise ConfigError(f"{path}: {key}: {first['msg']}") from error

@@ -1,0 +1,266 @@
+"""Train the base pack: `sightwire train models/configs/base.yaml`.
+
+Straight through: read and check the data; encode it once with the frozen trunk; cross-validate the window head
+over the training groups for temperatures and thresholds; train it on all of them; train the segmentation
+decoder; store the weights; measure them on the groups held out. Every stage goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models import data
+from models.audio import compress
+from models.backbones.frame import EfficientNetLite0, imagenet_trunk
+from models.base import BaseModel, load_weights, save_weights
+from models.batches import LabelledMel, Mixer, training_windows
+from models.cache import Encoded, encode_all, encode_sound
+from models.calibrate import calibrate
+from models.config import TestGroups, TrainConfig, read_config
+from models.data import Recording
+from models.evaluate import Metrics, Parts, evaluate
+from models.fit import Report, Stage, fit
+from models.frozen import FrozenEncoder, FrozenPyramid
+from models.fusion import WindowHead
+from models.heads import PyramidDecoder
+from models.losses import known_bce, known_cross_entropy
+from models.predict import ActionScores, SoundScores, score_actions, score_sounds
+from models.progress import console_progress
+from models.scenes import VIEWS, EncodedScenes, class_weights, encode_scenes, scene_loss
+
+METRICS_FILE = "metrics.json"
+T = TypeVar("T")
+
+
+def train(
+    config_path: Path,
+    *,
+    data_dir: Path | None = None,
+    cache_dir: Path | None = None,
+    out_dir: Path | None = None,
+    resume: bool = True,
+    report: Report | None = None,
+) -> Metrics:
+    """Train by a configuration, write weights, calibration and metrics, and return the metrics.
+
+    ``data_dir``, ``cache_dir`` and ``out_dir`` stand in for the configuration's. With ``resume`` off the state of
+    an unfinished run of the same configuration is deleted first; the encoded data is kept.
+
+    Raises ``ConfigError``, ``DataError`` or ``WeightsError``, each a line that names the file.
+    """
+    config = read_config(config_path)
+    given = {"data": data_dir, "cache": cache_dir, "out": out_dir}
+    config = config.model_copy(update={key: value for key, value in given.items() if value is not None})
+    run = config.cache / f"run-{_identity(config)}"
+    if not resume:
+        shutil.rmtree(run, ignore_errors=True)
+    if report is None:
+        with console_progress() as shown:
+            return _train(config, run, shown)
+    return _train(config, run, report)
+
+
+def _train(config: TrainConfig, run: Path, report: Report) -> Metrics:
+    torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(True)
+    trunk = stored_trunk()
+    train_part, test_part = load_parts(config, trunk, report)
+
+    oof_actions, oof_sounds = cross_validate(config, train_part, run, report)
+    calibration = calibrate(oof_actions, oof_sounds)
+
+    model = BaseModel()
+    model.trunk = trunk
+    model.window = fit_window(config, train_part.recordings, train_part.sounds, run / "window", report)
+    model.decoder = fit_decoder(config, train_part.scenes, run / "decoder", report)
+
+    save_weights(model, config.out)
+    calibration.write(config.out)
+    # Measured as they are stored, in half precision, not as they were trained.
+    stored, checksum = load_weights(config.out)
+    metrics = {"weights_sha256": checksum, **evaluate(stored, calibration, train_part, test_part)}
+    (config.out / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return metrics
+
+
+def stored_trunk() -> EfficientNetLite0:
+    """The ImageNet trunk rounded to half precision, as it is stored: features must be those that will be served."""
+    trunk = imagenet_trunk()
+    with torch.no_grad():
+        for parameter in trunk.parameters():
+            parameter.copy_(parameter.half().float())
+    return trunk
+
+
+def load_parts(config: TrainConfig, trunk: EfficientNetLite0, report: Report) -> tuple[Parts, Parts]:
+    """All data, read, encoded and split. Raises ``DataError``."""
+    recordings = _limited(data.recordings(config.data), config.limit, lambda r: r.dataset)
+    files = _limited(data.sounds(config.data), config.limit, lambda s: (s.label, s.fold))
+    scenes = {part: data.scenes(config.data, part)[: config.limit] for part in ("train", "val")}
+    encoder = FrozenEncoder(trunk, config.cache, config.threads)
+    pyramid = FrozenPyramid(trunk, config.cache, config.threads)
+    encoded = tuple(encode_all(recordings, encoder, config.cache, _counter(report, "encode video", len(recordings))))
+    advance = _counter(report, "encode sound", len(files))
+    sounds = []
+    for file in files:
+        sounds.append(LabelledMel(encode_sound(file.path), file.label, file.fold, file.path.name))
+        advance()
+    advance = _counter(report, "encode scenes", sum(len(items) for items in scenes.values()))
+    views = {"train": VIEWS, "val": 1}
+    maps = {
+        part: encode_scenes(items, pyramid, views=views[part], seed=config.seed, advance=advance)
+        for part, items in scenes.items()
+    }
+    return _split(config.test, encoded, tuple(sounds), maps)
+
+
+def _split(
+    test: TestGroups, encoded: tuple[Encoded, ...], sounds: tuple[LabelledMel, ...], maps: dict[str, EncodedScenes]
+) -> tuple[Parts, Parts]:
+    parts = []
+    for held_out, scenes in ((False, maps["train"]), (True, maps["val"])):
+        parts.append(
+            Parts(
+                tuple(item for item in encoded if is_test(test, item.recording) == held_out),
+                tuple(sound for sound in sounds if (sound.fold in test.esc10) == held_out),
+                scenes,
+            )
+        )
+    return parts[0], parts[1]
+
+
+def is_test(test: TestGroups, recording: Recording) -> bool:
+    """Whether a recording's group is held out. Street traffic, which only says what is not there, never is."""
+    return recording.group in getattr(test, recording.dataset.replace("-", "_"), ())
+
+
+def fold_of(groups: Sequence[str], group: str, folds: int) -> int:
+    """Fold of a group among the training groups of its data set."""
+    return sorted(set(groups)).index(group) % folds
+
+
+def cross_validate(config: TrainConfig, part: Parts, run: Path, report: Report) -> tuple[ActionScores, SoundScores]:
+    """Scores of every training group by weights that have not seen it."""
+    groups: dict[str, list[str]] = {}
+    for item in part.recordings:
+        groups.setdefault(item.recording.dataset, []).append(item.recording.group)
+    video = [fold_of(groups[i.recording.dataset], i.recording.group, config.folds) for i in part.recordings]
+    sound = [fold_of([s.fold for s in part.sounds], s.fold, config.folds) for s in part.sounds]
+    actions, sounds = [], []
+    for fold in range(config.folds):
+        kept = [item for item, at in zip(part.recordings, video, strict=True) if at != fold]
+        left = [item for item, at in zip(part.recordings, video, strict=True) if at == fold]
+        kept_sounds = [item for item, at in zip(part.sounds, sound, strict=True) if at != fold]
+        left_sounds = [item for item, at in zip(part.sounds, sound, strict=True) if at == fold]
+        head = fit_window(config, kept, kept_sounds, run / f"fold{fold}", report)
+        actions.append(score_actions(head, left))
+        sounds.append(score_sounds(head, left_sounds, left))
+    return _joined_actions(actions), _joined_sounds(sounds)
+
+
+def fit_window(
+    config: TrainConfig,
+    recordings: Sequence[Encoded],
+    sounds: Sequence[LabelledMel],
+    state: Path,
+    report: Report,
+    *,
+    stop_at: int | None = None,
+) -> WindowHead:
+    """The window head trained on these recordings and sounds; its state is kept at ``state``."""
+    torch.manual_seed(config.seed)
+    head = WindowHead()
+    # On a processor depthwise convolutions are twice as fast in this layout.
+    head.audio.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    centre, scale = feature_statistics(recordings)
+    head.temporal.centre.copy_(centre)
+    head.temporal.scale.copy_(scale)
+    windows = [window for item in recordings for window in training_windows(item)]
+    mixer = Mixer(windows, sounds, video_dropout=config.video_dropout, audio_dropout=config.audio_dropout)
+
+    def loss_of(random: np.random.Generator) -> Tensor:
+        batch = mixer.draw(random, config.window.batch)
+        video, sound = head.encode_spectrogram(
+            batch.features, batch.frame_mask, compress(batch.power), batch.audio_mask
+        )
+        action, heard = head.judge(video, sound)
+        return known_bce(action, batch.actions) + 0.5 * known_cross_entropy(heard, batch.sounds)
+
+    stage = Stage(state.name, config.window, config.seed, state.with_suffix(".safetensors"))
+    fit(head, loss_of, stage, report, stop_at=stop_at)
+    return head.requires_grad_(False)
+
+
+def fit_decoder(config: TrainConfig, scenes: EncodedScenes, state: Path, report: Report) -> PyramidDecoder:
+    """The segmentation decoder trained on these scenes; its state is kept at ``state``."""
+    torch.manual_seed(config.seed)
+    decoder = PyramidDecoder()
+    decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    weights = class_weights(scenes.masks)
+
+    def loss_of(random: np.random.Generator) -> Tensor:
+        return scene_loss(decoder, scenes, weights, config.decoder.batch, random)
+
+    fit(decoder, loss_of, Stage(state.name, config.decoder, config.seed, state.with_suffix(".safetensors")), report)
+    return decoder.requires_grad_(False)
+
+
+def feature_statistics(recordings: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+    """Centre and scale of the features as served, float32 ``[2560]`` each."""
+    rows = [item.tracks[0].features[item.tracks[0].present] for item in recordings]
+    features: NDArray[np.float32] = np.concatenate(rows).astype(np.float32)
+    # The floor keeps features that hardly ever move from being blown up.
+    scale = 1.0 / (features.std(axis=0) + 0.05)
+    return torch.from_numpy(features.mean(axis=0)), torch.from_numpy(scale)
+
+
+def _joined_actions(parts: Sequence[ActionScores]) -> ActionScores:
+    return ActionScores(
+        tuple(window for part in parts for window in part.windows),
+        np.concatenate([part.logits for part in parts]),
+        np.concatenate([part.targets for part in parts]),
+    )
+
+
+def _joined_sounds(parts: Sequence[SoundScores]) -> SoundScores:
+    return SoundScores(
+        np.concatenate([part.logits for part in parts]),
+        np.concatenate([part.targets for part in parts]),
+        np.concatenate([part.clips for part in parts]),
+    )
+
+
+def _identity(config: TrainConfig) -> str:
+    """Names the run: everything of the configuration that the weights depend on."""
+    return hashlib.sha256(config.model_dump_json(exclude={"out", "cache"}).encode()).hexdigest()[:12]
+
+
+def _limited(items: Sequence[T], limit: int | None, key: Callable[[T], object]) -> tuple[T, ...]:
+    """At most ``limit`` items of each key, spread over all of them."""
+    groups: dict[object, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    if limit is None:
+        return tuple(items)
+    return tuple(item for group in groups.values() for item in group[:: max(1, len(group) // limit)][:limit])
+
+
+def _counter(report: Report, stage: str, total: int) -> Callable[[], None]:
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        report(stage, done, total, None)
+
+    return advance
