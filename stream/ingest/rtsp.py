@@ -11,7 +11,7 @@ from av.packet import Packet
 from av.stream import Stream
 
 from engines.manifest import VideoInput
-from stream.clock import NS_PER_S, Clock
+from stream.clock import NS_PER_MS, NS_PER_S, Clock
 from stream.errors import SourceError
 from stream.ingest.assemble import Assembler
 from stream.ingest.capture import LiveCapture
@@ -36,6 +36,9 @@ UDP_OPTIONS = {
     # µs to wait for a datagram that is missing before going on without it.
     "max_delay": "100000",
 }
+
+REPORT_CHECK_NS = 200 * NS_PER_MS
+"""How often the sender's clock is looked at; it reports every few seconds."""
 
 
 class RtspSource:
@@ -128,7 +131,7 @@ class RtspSource:
         stop: StopFlag,
     ) -> None:
         """Decode until told to stop. Raises ``SourceError`` when the stream ends or falls silent."""
-        newest_ns = self._clock.monotonic_ns()
+        newest_ns = report_due_ns = self._clock.monotonic_ns()
         stall_ns = int(self._settings.stall_timeout_s * NS_PER_S)
 
         def on_silence() -> bool:
@@ -140,9 +143,11 @@ class RtspSource:
             if stop.is_set():
                 return
             newest_ns = self._clock.monotonic_ns()
-            offset_ns = reported_offset_ns(packet)
-            if offset_ns is not None:
-                assembler.sender_report(offset_ns)
+            if newest_ns >= report_due_ns:
+                report_due_ns = newest_ns + REPORT_CHECK_NS
+                offset_ns = reported_offset_ns(packet)
+                if offset_ns is not None:
+                    assembler.sender_report(offset_ns)
             decoder.feed(packet, newest_ns)
         if not stop.is_set():
             raise failure(self.source_id, self._url, Failure.ENDED)
