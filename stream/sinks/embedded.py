@@ -214,8 +214,11 @@ class EmbeddedServer:
     async def _ready(self, process: asyncio.subprocess.Process, port: int) -> bool:
         deadline = time.monotonic() + self._timeout_s
         while process.returncode is None:
-            if await _answers(port):
+            reply = await _ask(port, "PING")
+            if reply.startswith(b"+PONG"):
                 return True
+            if reply.startswith(b"-LOADING"):  # it lives, however much it has to load
+                deadline = time.monotonic() + self._timeout_s
             if time.monotonic() > deadline:
                 await self._end(process)
                 return False
