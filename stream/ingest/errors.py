@@ -57,7 +57,10 @@ _REMEDY: dict[Failure, tuple[str, bool]] = {
     Failure.EMPTY: ("holds no media (it is empty); check that it was written completely", False),
     Failure.NO_STREAM: ("no video or audio that can be decoded and that a pack uses; check the stream's codecs", False),
     Failure.CORRUPT: ("too much damaged data in a row; check the recording or the network", True),
-    Failure.BAD_URL: ("the address cannot be understood; check it", False),
+    Failure.BAD_URL: (
+        "the address cannot be understood; expected rtsp://[user:password@]host[:port]/path",
+        False,
+    ),
     Failure.SERVER: ("the server failed; look into the camera's log", True),
     Failure.IO: ("input/output error; check the connection or the disk", True),
 }
@@ -90,7 +93,25 @@ def failure(source_id: str, url: str, reason: Failure, detail: str | None = None
     if source_scheme(url) == "file":
         # A file does not get better by itself.
         retryable = False
-    return SourceError(source_id, reason.value, f"{redacted_url(url)}: {detail or remedy}", retryable=retryable)
+    return SourceError(source_id, reason.value, f"{_address(url)}: {detail or remedy}", retryable=retryable)
+
+
+def check_network_url(source_id: str, url: str) -> None:
+    """Raise ``SourceError`` unless the address names a host and, if any, a possible port."""
+    try:
+        parts = urlsplit(url)
+        understood = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        understood = False
+    if not understood:
+        raise failure(source_id, url, Failure.BAD_URL)
+
+
+def _address(url: str) -> str:
+    try:
+        return redacted_url(url)
+    except ValueError:
+        return f"{source_scheme(url)}://…"
 
 
 def map_av_error(source_id: str, url: str, error: av.error.FFmpegError) -> SourceError:
@@ -108,8 +129,6 @@ def _classify(url: str, error: av.error.FFmpegError) -> Failure:
             return Failure.NOT_RTSP if reason is Failure.NOT_MEDIA and not is_file else reason
     if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
         return Failure.UNREACHABLE
-    if error.errno == errno.EINVAL:
-        return Failure.BAD_URL
     if not is_file and not _resolves(url):
         # FFmpeg says just "input/output error" then.
         return Failure.NO_SUCH_HOST

@@ -16,7 +16,7 @@ from stream.errors import SourceError
 from stream.ingest.assemble import Assembler
 from stream.ingest.capture import LiveCapture
 from stream.ingest.decode import Decoder, FrameRenderer, Selected, read_packets, select_streams
-from stream.ingest.errors import Failure, failure, map_av_error
+from stream.ingest.errors import Failure, check_network_url, failure, map_av_error
 from stream.ingest.stats import DecodeStats
 from stream.ingest.timeline import to_ns
 from stream.settings import SourceSettings, Transport
@@ -52,11 +52,13 @@ class RtspSource:
         clock: Clock,
         first_epoch: int = 0,
     ) -> None:
+        """Raises ``SourceError`` when the address cannot be understood."""
         self._settings = settings
         self._inputs = inputs
         self._audio_rate = audio_rate if settings.audio else None
         self._clock = clock
         self._url = settings.url.get_secret_value()
+        check_network_url(settings.id, self._url)
         self._renderer = FrameRenderer()
         self._first_epoch = first_epoch
         self.stats = DecodeStats()

@@ -5,7 +5,11 @@ import errno
 import av.error
 import pytest
 
+from stream.clock import ManualClock
+from stream.errors import SourceError
 from stream.ingest.errors import Failure, failure, map_av_error
+from stream.ingest.open import open_source
+from stream.settings import SourceSettings
 
 URL = "rtsp://admin:canary@camera.invalid:554/live?token=canary"
 
@@ -57,3 +61,13 @@ def test_every_reason_says_what_to_do() -> None:
 
 def test_a_file_never_gets_better_by_itself() -> None:
     assert not any(failure("cam", "clip.mp4", reason).retryable for reason in Failure)
+
+
+@pytest.mark.parametrize(
+    "url", ["rtsp://host:99999/x", "rtsp://:554/x", "rtsp:///x", "rtsp://u:canary@[::1/x", "rtsp://u:canary@host:0/x"]
+)
+def test_an_address_that_names_no_host_is_refused_before_anything_is_opened(url: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        open_source(SourceSettings.model_validate({"id": "cam", "url": url}), (), None, ManualClock())
+    assert (caught.value.reason, caught.value.retryable) == (Failure.BAD_URL, False)
+    assert "canary" not in str(caught.value)
