@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -39,12 +40,14 @@ class Clip:
 
 
 def bench_clip(seconds: int) -> Clip:
-    """The clip of that length, encoded at the first call and kept in the user's cache folder.
+    """The clip of that length, encoded at the first call.
 
+    It is kept in the user's cache folder, a temporary one where there is none.
     Raises ``stream.errors.SettingsError`` when there is nothing to make it from.
     """
     origin = DEMO if DEMO.is_file() else packaged_clip("bikes.mp4")
-    path = user_cache() / "bench" / f"{origin.stem}-{WIDTH}x{HEIGHT}-{FPS}fps-{seconds}s.mp4"
+    folder = (user_cache() or Path(tempfile.gettempdir()) / "sightwire") / "bench"
+    path = folder / f"{origin.stem}-{WIDTH}x{HEIGHT}-{FPS}fps-{seconds}s.mp4"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".part.mp4")

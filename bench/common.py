@@ -135,11 +135,10 @@ def thread_cpu_s() -> dict[str, float]:
 
 def show(console: Console, title: str, measured: Measured) -> None:
     """Print one benchmark's figures and conditions."""
-    table = Table(title=title, title_justify="left", title_style="bold", min_width=100)
+    table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("what", ratio=1)
-    table.add_column("key")
-    table.add_column("value", justify="right")
-    table.add_column("target", justify="right")
+    for column in ("key", "value", "target"):
+        table.add_column(column, no_wrap=True, justify="left" if column == "key" else "right")
     for row in measured.rows:
         colour = {True: "green", False: "red", None: ""}[row.reached]
         value = f"{row.value:.4g} {row.unit}".strip()
