@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from engines.errors import EngineError
-from stream.errors import SettingsError, SightwireError, SourceError
+from stream.errors import SettingsError, SightwireError
 from stream.settings import Settings, home, load_settings, redacted_url, source_scheme
 
 app = typer.Typer(
@@ -43,6 +43,9 @@ RedisOption = Annotated[
     str | None, typer.Option("--redis", help="redis://host:port/db; without it a Valkey server is started here.")
 ]
 PackOption = Annotated[list[str] | None, typer.Option("--pack", help="Pack to run, by name or folder [default: base].")]
+BackendOption = Annotated[
+    str | None, typer.Option("--backend", help="auto, onnxruntime or openvino [default: auto, the fastest here].")
+]
 FastOption = Annotated[bool, typer.Option("--fast", help="Read files as fast as possible, dropping nothing.")]
 SecondsOption = Annotated[float | None, typer.Option("--seconds", min=0.1, help="End after this long.")]
 
@@ -120,6 +123,7 @@ def settings_from(
     redis: str | None,
     packs: list[str] | None,
     *,
+    backend: str | None = None,
     fast: bool = False,
     loop: bool = False,
     **more: Any,
@@ -130,8 +134,9 @@ def settings_from(
         flags["sources"] = named_sources(sources, fast=fast, loop=loop)
     if redis:
         flags["redis"] = {"url": redis}
-    if packs:
-        flags["packs"] = [{"name": name} for name in packs]
+    if packs or backend:
+        chosen = {"backend": backend} if backend else {}
+        flags["packs"] = [{"name": name, **chosen} for name in packs or ["base"]]
     return load_settings(config, flags)
 
 
@@ -141,6 +146,7 @@ def run(
     config: ConfigOption = None,
     redis: RedisOption = None,
     pack: PackOption = None,
+    backend: BackendOption = None,
     fast: FastOption = False,
     loop: Annotated[bool, typer.Option("--loop", help="Start files again when they end.")] = False,
     http_port: Annotated[int | None, typer.Option("--http-port", help="Port of /metrics; 0 takes a free one.")] = None,
@@ -151,7 +157,7 @@ def run(
     """Watch sources and publish their events to Redis."""
     set_up_logging(verbose)
     more: dict[str, Any] = {} if http_port is None else {"http": {"port": http_port}}
-    settings = settings_from(config, source, redis, pack, fast=fast, loop=loop, **more)
+    settings = settings_from(config, source, redis, pack, backend=backend, fast=fast, loop=loop, **more)
     if not settings.sources:
         raise SettingsError("no source: give --source URL, or sources in --config FILE")
     _serve(settings, seconds=seconds, show=not quiet, publish=True)
@@ -161,13 +167,14 @@ def run(
 def watch(
     source: Annotated[str, typer.Argument(help="Camera, stream or file.", metavar="SOURCE")],
     pack: PackOption = None,
+    backend: BackendOption = None,
     fast: FastOption = False,
     seconds: SecondsOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
 ) -> None:
     """Watch one source and show its events here; nothing is published."""
     set_up_logging(verbose)
-    settings = settings_from(None, [source], None, pack, fast=fast, retry={"give_up": True})
+    settings = settings_from(None, [source], None, pack, backend=backend, fast=fast, retry={"give_up": True})
     _serve(settings, seconds=seconds, show=True, publish=False)
 
 
@@ -273,4 +280,5 @@ def version() -> None:
     out.print(f"sightwire {installed('sightwire')} (home {home()}, pid {os.getpid()})")
 
 
-__all__ = ["SourceError", "app", "main"]
+if __name__ == "__main__":
+    main()

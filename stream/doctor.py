@@ -107,6 +107,10 @@ def _onnxruntime() -> str:
 
 
 def _openvino() -> str:
+    from engines import backends
+
+    # The adapter keeps the library from calling home.
+    backends.adapter("openvino")
     import openvino
 
     return f"{openvino.__version__.split('-')[0]}, devices {', '.join(openvino.Core().available_devices)}"

@@ -52,7 +52,7 @@ def _load_pack(wanted: PackSettings, threads: int, home: Path) -> ServedPack:
             for _ in range(threads)
         ]
     except EngineError as error:
-        raise SettingsError(f"pack {wanted.name}: {error}") from error
+        raise SettingsError(str(error)) from error
     first = copies[0]
     manifest = with_hop(first.manifest, wanted.hop_s)
     info = PackInfo(manifest.name, manifest.version, first.sha256, first.backend, first.precision)
