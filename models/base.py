@@ -109,7 +109,8 @@ def save_weights(model: BaseModel, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items() if _stored(name)}
     path = folder / WEIGHTS_FILE
-    save_file(state, path, metadata={"format": "pt", "pack": "base", "version": VERSION})
+    # One entry only: the order of several differs from run to run, and the file's hash with it.
+    save_file(state, path, metadata={"pack": f"base {VERSION}"})
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -75,6 +75,8 @@ def _video(container: InputContainer, width: int, height: int, seconds: float) -
         time_ns = frame.pts * frame.time_base.numerator * NS_PER_S // frame.time_base.denominator
         if pts and time_ns - pts[0] > seconds * NS_PER_S:
             break
+        if pts and time_ns <= pts[-1]:
+            continue  # Some recorders write a time twice; the service keeps the first.
         scaled = scaler.reformat(frame, width, height, format="rgb24", interpolation=Interpolation.FAST_BILINEAR)
         pts.append(time_ns)
         images.append(np.asarray(scaled.to_ndarray(), np.uint8))

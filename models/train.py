@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,7 +28,7 @@ from models.batches import LabelledMel, Mixer, training_windows
 from models.cache import Encoded, encode_all, encode_sound
 from models.calibrate import calibrate
 from models.config import TestGroups, TrainConfig, read_config
-from models.data import Recording
+from models.data import LabelledImage, Recording, Sound
 from models.evaluate import Metrics, Parts, evaluate
 from models.fit import Report, Stage, fit
 from models.frozen import FrozenEncoder, FrozenPyramid
@@ -71,10 +72,11 @@ def train(
 
 
 def _train(config: TrainConfig, run: Path, report: Report) -> Metrics:
+    tables = read_tables(config)
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True)
     trunk = stored_trunk()
-    train_part, test_part = load_parts(config, trunk, report)
+    train_part, test_part = load_parts(config, tables, trunk, report)
 
     oof_actions, oof_sounds = cross_validate(config, train_part, run, report)
     calibration = calibrate(oof_actions, oof_sounds)
@@ -102,11 +104,30 @@ def stored_trunk() -> EfficientNetLite0:
     return trunk
 
 
-def load_parts(config: TrainConfig, trunk: EfficientNetLite0, report: Report) -> tuple[Parts, Parts]:
-    """All data, read, encoded and split. Raises ``DataError``."""
-    recordings = _limited(data.recordings(config.data), config.limit, lambda r: r.dataset)
-    files = _limited(data.sounds(config.data), config.limit, lambda s: (s.label, s.fold))
-    scenes = {part: data.scenes(config.data, part)[: config.limit] for part in ("train", "val")}
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Which files there are and what is said of them."""
+
+    recordings: tuple[Recording, ...]
+    sounds: tuple[Sound, ...]
+    train_scenes: tuple[LabelledImage, ...]
+    val_scenes: tuple[LabelledImage, ...]
+
+
+def read_tables(config: TrainConfig) -> Tables:
+    """Read and check every table before anything long begins. Raises ``DataError``."""
+    return Tables(
+        recordings=_limited(data.recordings(config.data), config.limit, lambda r: r.dataset),
+        sounds=_limited(data.sounds(config.data), config.limit, lambda s: (s.label, s.fold)),
+        train_scenes=data.scenes(config.data, "train")[: config.limit],
+        val_scenes=data.scenes(config.data, "val")[: config.limit],
+    )
+
+
+def load_parts(config: TrainConfig, tables: Tables, trunk: EfficientNetLite0, report: Report) -> tuple[Parts, Parts]:
+    """All data, decoded, encoded and split. Raises ``DataError``."""
+    recordings, files = tables.recordings, tables.sounds
+    scenes = {"train": tables.train_scenes, "val": tables.val_scenes}
     encoder = FrozenEncoder(trunk, config.cache, config.threads)
     pyramid = FrozenPyramid(trunk, config.cache, config.threads)
     encoded = tuple(encode_all(recordings, encoder, config.cache, _counter(report, "encode video", len(recordings))))

@@ -1,0 +1,132 @@
+"""The exported graphs are the networks, whole and in stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from engines import backends
+from engines.backends import EngineOptions
+from engines.manifest import MANIFEST_FILE, HeadKind, Mode, check_integrity, read_manifest
+from engines.measure import random_batch
+from engines.types import Array, Engine
+from export.onnx import ExportError, GraphToExport, base_graphs, export_base, export_graph, reference
+from models import base
+from models.base import BaseModel, load_weights
+from models.errors import WeightsError
+from models.fusion import OUTPUTS
+from models.labels import ACTIONS, SCENE, SOUNDS
+from models.media import read_clip, sample_pairs
+
+WEIGHTS = Path(__file__).parents[2] / "models" / "weights" / "base"
+
+
+@pytest.fixture(scope="module")
+def model() -> BaseModel:
+    return load_weights(WEIGHTS)[0]
+
+
+@pytest.fixture(scope="module")
+def engines(base_pack: Path) -> dict[str, Engine]:
+    manifest = read_manifest(base_pack)
+    options = EngineOptions(threads=1)
+    return {
+        graph.name: backends.load(base_pack / graph.file, "base", graph, "onnxruntime", options)
+        for graph in manifest.graphs
+    }
+
+
+def test_manifest(base_pack: Path) -> None:
+    manifest = read_manifest(base_pack)
+    check_integrity(base_pack, manifest)
+    watch, scene = manifest.branches
+    assert (watch.mode, watch.encoder, watch.graph) == (Mode.STAGED, "encoder", "window")
+    assert watch.video is not None
+    assert watch.video.samples_in(watch.window_ns) == base.WATCH_SAMPLES
+    assert watch.audio is not None
+    assert watch.audio.samples_in(watch.window_ns) == base.AUDIO_SAMPLES
+    heads = {head.kind: head for branch in manifest.branches for head in branch.heads}
+    assert heads[HeadKind.ACTION].labels == ACTIONS
+    assert heads[HeadKind.CLASS].labels == SOUNDS
+    assert heads[HeadKind.SEGMENTATION].labels == SCENE
+    for kind in (HeadKind.ACTION, HeadKind.CLASS):
+        assert set(heads[kind].thresholds) == set(heads[kind].labels) - set(heads[kind].background)
+    assert scene.mode is Mode.CLIP
+    assert all(tensor.shape[0] == "batch" for graph in manifest.graphs for tensor in (*graph.inputs, *graph.outputs))
+
+
+def test_nothing_in_the_graphs_says_where_they_were_made(base_pack: Path) -> None:
+    here = str(Path(__file__).parents[2]).encode()
+    for path in base_pack.iterdir():
+        content = path.read_bytes()
+        assert here not in content, path.name
+        assert b"site-packages" not in content, path.name
+
+
+def test_export_is_deterministic(base_pack: Path, tmp_path: Path) -> None:
+    again = export_base(WEIGHTS, tmp_path / "again", clips=None)
+    assert again.sha256() == read_manifest(base_pack).sha256()
+
+
+@pytest.mark.parametrize("graph", ["encoder", "window", "segmentation"])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_graphs_equal_pytorch(
+    base_pack: Path, model: BaseModel, engines: dict[str, Engine], graph: str, batch: int
+) -> None:
+    wanted = next(item for item in base_graphs(model) if item.name == graph)
+    inputs = random_batch(read_manifest(base_pack).graph(graph), batch, seed=batch)
+    want, got = reference(wanted)(inputs), engines[graph].infer(inputs)
+    assert want.keys() == got.keys()
+    for name, value in want.items():
+        assert got[name].shape == value.shape
+        if value.dtype == np.uint8:
+            assert (got[name] == value).mean() > 0.999
+        else:
+            assert np.abs(got[name] - value).max() < 5e-5
+
+
+def test_stages_equal_the_whole_model_on_raw_windows(model: BaseModel, engines: dict[str, Engine], film: Path) -> None:
+    frames, audio = real_windows(film)
+    mask = np.ones((len(frames), base.WATCH_SAMPLES), np.float32)
+    mask[-1, :3] = 0
+    heard = np.array([1.0] * (len(frames) - 1) + [0.0], np.float32)
+    with torch.inference_mode():
+        whole = model(*(torch.from_numpy(value) for value in (frames, mask, audio, heard)))
+    features = np.stack([engines["encoder"].infer({"frames": window})["features"] for window in frames])
+    staged = engines["window"].infer({"features": features, "frame_mask": mask, "audio": audio, "audio_mask": heard})
+    for name, want in zip(OUTPUTS, whole, strict=True):
+        assert np.abs(staged[name] - want.numpy()).max() <= 1e-4, name
+
+
+def real_windows(path: Path) -> tuple[Array, Array]:
+    """Windows of a real clip: uint8 ``[B, 8, 2, 160, 160, 3]``, float32 ``[B, 32000]``."""
+    clip = read_clip(path, base.WATCH_SIZE, base.WATCH_SIZE)
+    _, pairs = sample_pairs(clip, fps=base.WATCH_FPS, lookback_ns=base.LOOKBACK_NS)
+    starts = range(0, len(pairs) - base.WATCH_SAMPLES + 1, 4)
+    frames = np.stack([clip.images[pairs[start : start + base.WATCH_SAMPLES]] for start in starts])
+    assert clip.audio is not None
+    audio = np.zeros((len(frames), base.AUDIO_SAMPLES), np.float32)
+    for row, start in zip(audio, starts, strict=True):
+        cut = clip.audio[start * 4_000 : start * 4_000 + base.AUDIO_SAMPLES]
+        row[: len(cut)] = cut
+    return frames, audio
+
+
+def test_a_module_that_fixes_its_batch_is_refused(tmp_path: Path) -> None:
+    class Fixed(nn.Module):
+        def forward(self, frames: torch.Tensor) -> torch.Tensor:
+            return frames.float().reshape(2, -1).mean(dim=1, keepdim=True)
+
+    graph = GraphToExport("fixed", Fixed(), {"frames": torch.zeros(2, 4, dtype=torch.uint8)}, ("features",))
+    with pytest.raises(ExportError):
+        export_graph(graph, tmp_path)
+
+
+def test_absent_weights_end_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="no weights at"):
+        export_base(tmp_path / "none", tmp_path / "out")
+    assert not (tmp_path / "out" / MANIFEST_FILE).exists()

@@ -1,0 +1,125 @@
+"""Tables, labels, splits, and what is said when they are wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from models import data as tables
+from models.config import read_config
+from models.data import Recording, Span, timed_spans
+from models.errors import ConfigError, DataError
+from models.labels import ACTIONS
+from models.targets import Targets, window_targets
+from models.train import fold_of, is_test, train
+
+CONFIG = Path(__file__).parents[2] / "models" / "configs" / "base.yaml"
+
+
+def says(targets: Targets, label: str) -> int:
+    return int(targets[ACTIONS.index(label)])
+
+
+def recording(dataset: str, *spans: Span) -> Recording:
+    return Recording(Path("clip.mp4"), dataset, "1", spans)
+
+
+def whole(label: str) -> Span:
+    return Span(label, 0.0, float("inf"))
+
+
+def test_rows_of_gmdcsa() -> None:
+    row = "12.mp4,12,Night,Full Shirt & Jeans,Drinking, Falling (BW)[6.9 to 12]; Standing[0 to 0.5; 3 to 6.9]"
+    assert list(timed_spans(row, "t:1")) == [Span("fall", 6.9, 12.0), Span("stand", 0.0, 0.5), Span("stand", 3.0, 6.9)]
+    assert list(timed_spans("15.mp4,06,,, Falling (SW) [1.8 to 6] ; Sitting [0 to 2]", "t:2")) == [
+        Span("fall", 1.8, 6.0),
+        Span("sit", 0.0, 2.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("01.mp4,6,Day,x,y, Juggling[0 to 3]", "unknown label 'Juggling'"),
+        ("01.mp4,6,Day,x,y,", "no timed class"),
+        ("01.mp4,6,Day,x,y, Sitting[9.7 to 3]", "before it begins"),
+    ],
+)
+def test_bad_rows_name_file_and_line(row: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        list(timed_spans(row, "Subject_1_ADL.csv:7"))
+    assert str(caught.value).startswith("Subject_1_ADL.csv:7: ")
+
+
+def test_spans_become_targets() -> None:
+    clip = recording("gmdcsa24", Span("walk", 0.0, 3.0), Span("fall", 3.0, 9.0))
+    early, late, lying = (window_targets(clip, start, start + 2) for start in (0.0, 2.5, 6.5))
+    assert (says(early, "walk"), says(early, "fall"), says(early, "fight")) == (1, 0, 0)
+    assert (says(late, "walk"), says(late, "fall")) == (-1, 1)
+    assert (says(lying, "walk"), says(lying, "fall")) == (0, -1)
+
+
+def test_what_is_not_annotated_is_unknown() -> None:
+    fight = window_targets(recording("fights", whole("fight")), 0, 2)
+    normal = window_targets(recording("fights", whole("normal")), 0, 2)
+    punch = window_targets(recording("ut-interaction", whole("punch")), 0, 2)
+    assert (says(fight, "fight"), says(fight, "punch"), says(fight, "handshake")) == (1, -1, 0)
+    assert (says(normal, "fight"), says(normal, "walk"), says(normal, "other")) == (0, -1, 1)
+    assert (says(punch, "punch"), says(punch, "kick"), says(punch, "fight")) == (1, 0, -1)
+
+
+def test_every_recording_has_targets_and_no_group_is_on_both_sides(data: Path) -> None:
+    test = read_config(CONFIG).test
+    everything = tables.recordings(data)
+    for clip in everything:
+        assert set(window_targets(clip, 0, 2).tolist()) <= {-1, 0, 1}
+    held_out = {(clip.dataset, clip.group) for clip in everything if is_test(test, clip)}
+    kept = {(clip.dataset, clip.group) for clip in everything if not is_test(test, clip)}
+    assert not held_out & kept
+    listed = {(name.replace("_", "-"), group) for name, groups in test if name != "esc10" for group in groups}
+    assert held_out == listed, "a group of the configuration that is not in the data would test nothing"
+    assert {dataset for dataset, _ in held_out} == {"fights", "gmdcsa24", "ut-interaction", "weizmann"}
+
+
+def test_folds_keep_groups_together() -> None:
+    groups = ["b", "a", "b", "c"]
+    assert [fold_of(groups, group, 2) for group in groups] == [1, 0, 1, 0]
+
+
+def test_absent_data_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no folder .*actions; set `data`"):
+        train(CONFIG, data_dir=tmp_path / "nowhere", cache_dir=tmp_path, out_dir=tmp_path, report=lambda *_: None)
+
+
+def test_unknown_label_names_the_line(tmp_path: Path) -> None:
+    folder = tmp_path / "actions" / "fights"
+    folder.mkdir(parents=True)
+    (folder / "clips.csv").write_text("clip,label,source_id\na.mp4,brawl,1\n")
+    with pytest.raises(DataError, match=r"clips\.csv:2: unknown label 'brawl'"):
+        tables.recordings(tmp_path)
+    (folder / "clips.csv").write_text("clip,label,source_id\na.mp4,fight,1\n")
+    with pytest.raises(DataError, match=r"clips\.csv:2: a\.mp4 is not in the folder"):
+        tables.recordings(tmp_path)
+    (folder / "clips.csv").write_text("clip,label\na.mp4,fight\n")
+    with pytest.raises(DataError, match=r"clips\.csv:1: no column source_id"):
+        tables.recordings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("seed: 0", "sead: 0"), "sead"),
+        (("steps: 1500", "steps: -3"), r"decoder\.steps"),
+        (("seed: 0", "seed: [0"), "is not YAML"),
+    ],
+)
+def test_bad_configuration_names_the_key(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    path = tmp_path / "c.yaml"
+    text = CONFIG.read_text()
+    assert change[0] in text
+    path.write_text(text.replace(*change))
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_config(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
