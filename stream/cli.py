@@ -251,13 +251,15 @@ def export(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="Training configuration in YAML.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    data: Annotated[Path | None, typer.Option("--data", help="Folder of the data sets, instead of the file's.")] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="Folder for the weights, instead of the file's.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew instead of going on from a checkpoint.")] = False,
 ) -> None:
-    """Train a model."""
+    """Train a model; goes on from the last checkpoint of the same configuration."""
     set_up_logging()
     from stream.commands import train_model
 
-    train_model(config, resume=resume)
+    train_model(config, data=data, out=to, resume=not fresh)
 
 
 @app.command()

@@ -45,16 +45,24 @@ def export_pack(console: Console, name: str, folder: Path, *, force: bool) -> No
         console.print(f"pack {name} is up to date: {folder}")
         return
     _need_torch("sightwire export")
-    from export.onnx import export_base
+    from export.onnx import ExportError, export_base
+    from models.errors import ModelError
 
-    with console.status(f"exporting {name}") as status:
-        manifest = export_base(weights, folder, progress=lambda step: status.update(f"exporting {name}: {step}"))
+    try:
+        with console.status(f"exporting {name}") as status:
+            manifest = export_base(weights, folder, progress=lambda step: status.update(f"exporting {name}: {step}"))
+    except (ExportError, ModelError) as error:
+        raise SettingsError(str(error)) from error
     console.print(f"pack {manifest.name} {manifest.version}: {folder}")
 
 
-def train_model(config: Path, *, resume: bool) -> None:
+def train_model(config: Path, *, data: Path | None, out: Path | None, resume: bool) -> None:
     """Train as the configuration says. Raises ``SettingsError``."""
     _need_torch("sightwire train")
+    from models.errors import ModelError
     from models.train import train
 
-    train(config, resume=resume)
+    try:
+        train(config, data_dir=data, out_dir=out, resume=resume)
+    except ModelError as error:
+        raise SettingsError(str(error)) from error

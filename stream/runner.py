@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from stream.clock import NS_PER_S, Clock, SystemClock
-from stream.errors import SourceError
+from stream.errors import SinkError, SourceError
 from stream.http.app import create_app
 from stream.http.server import bind, serving
 from stream.metrics import PublisherView
@@ -134,6 +134,7 @@ async def run(
             maxlen=settings.redis.maxlen,
             dedupe_s=settings.redis.dedupe_s,
         )
+        await _check(sink)
         path = settings.spool.path or home() / "spool.db"
         path.parent.mkdir(parents=True, exist_ok=True)
         spool = Spool(path, clock=clock, max_bytes=settings.spool.max_mb << 20)
@@ -157,6 +158,20 @@ async def run(
         finally:
             await sink.aclose()
         return _summary(service, tally, failed, spool.count)
+
+
+async def _check(sink: RedisSink) -> None:
+    """Say at once when Redis cannot be reached; events wait on disk then.
+
+    Raises ``SinkError`` where waiting cannot help (a wrong password).
+    """
+    try:
+        await sink.check()
+    except SinkError as error:
+        if not error.retryable:
+            await sink.aclose()
+            raise
+        log.warning("%s; events will wait on disk", error)
 
 
 class _Relay:

@@ -90,7 +90,10 @@ def redacted_url(url: str) -> str:
     """The URL without its user info and query, fit for a message."""
     if source_scheme(url) == "file":
         return url
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return f"{source_scheme(url)}://(address that cannot be understood)"
     host = parts.netloc.rpartition("@")[2]
     return f"{parts.scheme}://{host}{parts.path}"
 
@@ -185,7 +188,7 @@ class SpoolSettings(_Section):
     path: Path | None = None
     """SQLite file; in the home folder when not given."""
     max_mb: Annotated[int, Field(ge=1)] = 1024
-    """Size at which the service stops with an error rather than lose an event."""
+    """Size over which the spool takes no more; sources then wait, and events of live ones are held in memory."""
 
 
 def home() -> Path:
