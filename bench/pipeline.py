@@ -57,7 +57,7 @@ class Plan:
 
 QUICK = Plan(
     runs=2,
-    clip_s=4,
+    clip_s=8,
     sources=4,
     interval_s=0.4,
     latency_s=2.0,

@@ -48,7 +48,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """As short as can be."""
     plan = pipeline.Plan(
         runs=1,
-        clip_s=4,
+        clip_s=7,
         sources=2,
         interval_s=0.2,
         latency_s=1.5,
