@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ def bench_clip(seconds: int) -> Clip:
     path = folder / f"{origin.stem}-{WIDTH}x{HEIGHT}-{FPS}fps-{seconds}s.mp4"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".part.mp4")
+        # Another run may be making it at the same time.
+        unfinished = path.with_suffix(f".{os.getpid()}.mp4")
         _encode(origin, unfinished, seconds)
         unfinished.replace(path)
     return Clip(path, seconds, origin.name)
