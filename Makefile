@@ -4,6 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Extra arguments for pip, e.g. the index of PyTorch's CPU builds.
 PIP_ARGS ?=
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -ec
+# pip's own output is long; one word for each package shows that it goes on.
+PIP = $(BIN)/pip install --disable-pip-version-check $(PIP_ARGS)
+PIP_PROGRESS = sed -u -n -e 's/^Collecting \([A-Za-z0-9_.-]*\).*/  \1/p' -e 's/^Installing collected.*/  unpacking (half a minute)/p'
 say = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
 .PHONY: demo test check format bench clean
@@ -43,12 +48,12 @@ $(BIN)/python:
 # The test environment holds everything of the demo's, so that one never undoes the other.
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(call say,installing Sightwire and what it needs (a minute or two))
-	@test -e $(VENV)/.dev || $(BIN)/pip install --disable-pip-version-check -q --progress-bar on $(PIP_ARGS) -e '.[demo]'
+	@test -e $(VENV)/.dev || $(PIP) -e '.[demo]' | $(PIP_PROGRESS)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(call say,installing Sightwire with its tests and tools (a minute or two))
-	@$(BIN)/pip install --disable-pip-version-check -q --progress-bar on $(PIP_ARGS) -e '.[dev]'
+	@$(PIP) -e '.[dev]' | $(PIP_PROGRESS)
 	@touch $@
 
 clean:

@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from stream.accounting import Ledger
 from stream.clock import NS_PER_S
+from stream.received import KINDS
 from stream.supervisor import SourceState, SourceStatus
 
 LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -96,7 +97,7 @@ class Metrics:
         self.engine_info = Gauge(
             "sightwire_engine_info",
             "Loaded engines",
-            ["pack", "graph", "backend", "device", "precision"],
+            ["pack", "graph", "backend", "precision", "device"],
             registry=registry,
         )
         self.parity = Gauge(
@@ -177,8 +178,9 @@ class _ServiceCollector(Collector):
         if view is None:
             return
         events = CounterMetricFamily("sightwire_events", "Events acknowledged by Redis", labels=["kind"])
-        for kind, count in view.published.items():
-            events.add_metric([kind], count)
+        for kind in KINDS:
+            # From 0 on, so that a rate sees the first one.
+            events.add_metric([kind], view.published.get(kind, 0))
         failures = CounterMetricFamily("sightwire_publish_failures", "Failed appends", labels=["reason"])
         for reason, count in view.failures.items():
             failures.add_metric([reason], count)

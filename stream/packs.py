@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from engines.errors import EngineError
 from engines.manifest import NS_PER_S, Manifest, VideoInput
 from engines.open import LoadedPack, find_pack, open_pack
+from engines.parity import read_parity
 from stream.errors import SettingsError
 from stream.event_format import PackInfo
 from stream.inference import FeatureStore, PackRunner
@@ -29,6 +30,8 @@ class ServedPack:
     """For events."""
     copies: tuple[LoadedPack, ...]
     """One for each engine thread."""
+    parity: Mapping[str, float]
+    """Largest difference from PyTorch by graph, from the pack's report; empty without one."""
 
 
 def load_packs(settings: Settings, home: Path) -> tuple[ServedPack, ...]:
@@ -47,6 +50,7 @@ def _load_pack(wanted: PackSettings, threads: int, home: Path) -> ServedPack:
                 folder,
                 backend=wanted.backend,
                 precision=wanted.precision,
+                device=wanted.device,
                 require_parity=wanted.require_parity,
             )
             for _ in range(threads)
@@ -56,7 +60,15 @@ def _load_pack(wanted: PackSettings, threads: int, home: Path) -> ServedPack:
     first = copies[0]
     manifest = with_hop(first.manifest, wanted.hop_s)
     info = PackInfo(manifest.name, manifest.version, first.sha256, first.backend, first.precision)
-    return ServedPack(manifest, info, tuple(copies))
+    return ServedPack(manifest, info, tuple(copies), _parity(first))
+
+
+def _parity(pack: LoadedPack) -> dict[str, float]:
+    report = read_parity(pack.folder)
+    if report is None:
+        return {}
+    entries = {graph.name: report.entry(graph, pack.backend, pack.precision) for graph in pack.manifest.graphs}
+    return {name: entry.max_abs_error for name, entry in entries.items() if entry is not None}
 
 
 def with_hop(manifest: Manifest, hop_s: float | None) -> Manifest:

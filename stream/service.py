@@ -247,7 +247,10 @@ class Service:
         for pack in self._packs:
             for engine in pack.copies[0].engines.values():
                 spec = engine.spec
-                self.metrics.engine_info.labels(spec.pack, spec.graph, spec.backend, spec.device, spec.precision).set(1)
+                identity = (spec.pack, spec.graph, spec.backend, spec.precision)
+                self.metrics.engine_info.labels(*identity, spec.device).set(1)
+                if (error := pack.parity.get(spec.graph)) is not None:
+                    self.metrics.parity.labels(*identity).set(error)
 
 
 def _view(source: RunningSource) -> SourceView:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from stream.errors import SettingsError
 
@@ -107,6 +107,8 @@ class PackSettings(_Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     hop_s: Annotated[float, Field(gt=0, le=120)] | None = None
     """Hop of the pack's main (first) branch, instead of the manifest's."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """What ONNX Runtime runs on; a GPU that cannot be used is an error, never a silent fallback."""
     require_parity: bool = True
     """Refuse an engine without a parity report."""
 
@@ -232,7 +234,7 @@ class Settings(BaseSettings):
 
 
 def load_settings(config: Path | None, overrides: dict[str, Any]) -> Settings:
-    """Settings from an optional YAML file with overrides (flags) on top; the environment fills the rest.
+    """Settings from an optional YAML file; the environment wins over it, and ``overrides`` (flags) over both.
 
     Raises ``SettingsError`` that names the key, and the line when it comes from the file.
     """
@@ -240,7 +242,8 @@ def load_settings(config: Path | None, overrides: dict[str, Any]) -> Settings:
     node: yaml.Node | None = None
     if config is not None:
         tree, node = _read_yaml(config)
-    merged = _merge(tree, overrides)
+    environment = EnvSettingsSource(Settings)()
+    merged = _merge(_merge(tree, environment), overrides)
     try:
         return Settings(**merged)
     except ValidationError as error:

@@ -98,7 +98,8 @@ class Supervisor:
 
     def frames(self) -> dict[str, int]:
         """Frames by stage, over all connections so far."""
-        return dict(self._past_frames + _frame_counts(self._source))
+        current = _frame_counts(self._source)
+        return {stage: self._past_frames[stage] + current[stage] for stage in _FRAME_STAGES}
 
     async def run(self) -> None:
         """Returns when the source has ended, failed or been stopped; the channel is closed then."""
@@ -139,7 +140,7 @@ class Supervisor:
     async def _attempt(self) -> SourceError | None:
         """One run of the source on a thread of its own; the error that ended it."""
         ended: asyncio.Future[SourceError | None] = self._loop.create_future()
-        self._past_frames += _frame_counts(self._source)
+        self._past_frames.update(_frame_counts(self._source))
         self._source = None
         try:
             self._source = source = self._open_source(self._next_epoch)
@@ -200,6 +201,9 @@ class Supervisor:
         status.state = state
         status.since_ns = self._clock.monotonic_ns()
         self._on_change(self.source_id, status, previous)
+
+
+_FRAME_STAGES = ("decoded", "sampled", "skipped", "late", "corrupt_packets")
 
 
 def _frame_counts(source: CountingSource | None) -> Counter[str]:

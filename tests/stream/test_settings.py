@@ -50,9 +50,10 @@ def test_a_password_is_in_no_error_and_no_repr(tmp_path: Path) -> None:
 def test_flags_win_over_environment_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIGHTWIRE_REDIS__PREFIX", "env")
     monkeypatch.setenv("SIGHTWIRE_REDIS__MAXLEN", "7")
-    path = write(tmp_path, "redis:\n  prefix: file\n")
+    path = write(tmp_path, "redis:\n  prefix: file\n  dedupe_s: 61\n")
     settings = load_settings(path, {"http": {"port": 0}})
-    assert (settings.redis.prefix, settings.redis.maxlen, settings.http.port) == ("file", 7, 0)
+    assert (settings.redis.prefix, settings.redis.maxlen, settings.http.port) == ("env", 7, 0)
+    assert settings.redis.dedupe_s == 61
     assert load_settings(path, {"redis": {"prefix": "flag"}}).redis.prefix == "flag"
 
 
