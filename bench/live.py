@@ -16,6 +16,7 @@ import numpy as np
 from bench.clip import FPS, Clip
 from bench.common import BenchError, Measured, Row, thread_cpu_s
 from bench.rig import (
+    EVERY_WINDOW,
     RecordedPack,
     Running,
     busy_share,
@@ -34,8 +35,6 @@ SPREAD_S = 1.0
 """Sources start spread over this long: cameras are out of step."""
 WARM_S = 3.0
 """Until every source has closed its first window."""
-EVERY_WINDOW = {"on_windows": 1, "update_s": 0.001, "area_change": 1e-9}
-"""Event settings with which every window of the main branch makes an event, and every changed mask."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,6 +137,10 @@ def _recorded(copy: LoadedPack, recorder: Recorder, gate: threading.Event) -> Lo
     return replace(copy, engines=MappingProxyType(engines))
 
 
+EVERY_WINDOW: dict[str, object] = {"on_windows": 1, "update_s": 0.001, "area_change": 1e-9}
+"""Event settings that go with ``every_window_an_event``: every changed mask makes an event too."""
+
+
 def every_window_an_event(served: ServedPack) -> ServedPack:
     """The pack with thresholds that put the first label of its first scored head over them, always, and no other."""
     fields = served.manifest.model_dump()

@@ -8,14 +8,26 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bench.clip import Clip
 from bench.common import BenchError, Measured, Row, median_ratio
 from bench.ready import ready_opener
-from bench.rig import Call, Opener, RecordedPack, Recorder, Running, busy_share, load_recorded, running, source_entries
+from bench.rig import (
+    EVERY_WINDOW,
+    Call,
+    Opener,
+    RecordedPack,
+    Recorder,
+    Running,
+    busy_share,
+    every_window_an_event,
+    load_recorded,
+    running,
+    source_entries,
+)
 from engines.types import Engine
 from stream.ingest.open import open_source
 from stream.settings import Settings, load_settings
@@ -141,8 +153,9 @@ async def _row(
 def saturation(clip: Clip, pack_name: str, sources: int, runs: int, interval_s: float) -> Measured:
     """Both rows: fed with ready frames, and with real decoding."""
     entries = source_entries(sources, clip.path, "fast")
-    settings = load_settings(None, {"sources": entries, "packs": [{"name": pack_name}]})
+    settings = load_settings(None, {"sources": entries, "packs": [{"name": pack_name}], "events": EVERY_WINDOW})
     pack = load_recorded(settings)
+    pack = replace(pack, served=every_window_an_event(pack.served))
     found = []
     try:
         for opener in (ready_opener(clip.path, clip.seconds), open_source):
@@ -168,6 +181,7 @@ def saturation(clip: Clip, pack_name: str, sources: int, runs: int, interval_s: 
         (
             f"{sources} sources, {settings.engine.threads} engine thread(s), pack {info.name} on {info.backend} "
             f"{info.precision}; median of {runs} interleaved pairs of {interval_s:g} s.",
+            "Thresholds and event settings are such that every window makes an event, far more than in real use.",
             f"Ready frames: {_conditions(ready)}.",
             f"Decoding: {_conditions(decoding)}.",
             "The bare engine replays exactly the inferences (graph and batch size) that the service ran in the "
