@@ -41,6 +41,11 @@ class FeatureStore:
         self.reused = 0
         """Frames whose features were there already."""
 
+    @property
+    def sources(self) -> int:
+        """Sources (times packs and branches) that something is kept for."""
+        return len(self._sources)
+
     def rows(self, window: ClipWindow) -> dict[FrameKey, Features]:
         """Features kept for a window's source and branch; those of an earlier epoch are let go."""
         key = (window.key.source_id, window.key.pack, window.key.branch)
