@@ -58,6 +58,8 @@ class Views:
     publisher: Callable[[], PublisherView | None] = lambda: None
     queue_depth: Callable[[], Mapping[str, int]] = dict
     encoded: Callable[[], Mapping[str, int]] = dict
+    group_lags: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """Entries not yet given to each consumer group, by kind and group."""
     windows: dict[tuple[str, str], int] = field(default_factory=dict)
     """Windows by pack and result."""
 
@@ -133,6 +135,10 @@ class _ServiceCollector(Collector):
         for queue, waiting in self._views.queue_depth().items():
             depth.add_metric([queue], waiting)
         yield depth
+        lag = GaugeMetricFamily("sightwire_group_lag", "Events a group was not given yet", labels=["kind", "group"])
+        for (kind, group), count in self._views.group_lags.items():
+            lag.add_metric([kind, group], count)
+        yield lag
         encoded = CounterMetricFamily(
             "sightwire_encoder_frames",
             "Frames that windows asked for, by whether they were computed",

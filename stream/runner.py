@@ -17,6 +17,7 @@ from stream.http.server import bind, serving
 from stream.metrics import PublisherView
 from stream.packs import ServedPack, load_packs
 from stream.publisher import Publisher
+from stream.received import KINDS
 from stream.service import EventPort, Service
 from stream.settings import Settings, home, redacted_url
 from stream.sinks.embedded import EmbeddedServer
@@ -146,6 +147,7 @@ async def run(
         try:
             async with asyncio.TaskGroup() as tasks:
                 publishing = tasks.create_task(publisher.run())
+                watching = tasks.create_task(_watch_groups(sink, service))
                 async with contextlib.AsyncExitStack() as stack:
                     http = None
                     if listener is not None:
@@ -153,6 +155,7 @@ async def run(
                         http = await stack.enter_async_context(serving(app, listener))
                     where = Addresses(redacted_url(url), embedded, http, _backends(packs))
                     failed = await _run_service(service, where, started, seconds)
+                    watching.cancel()
                     await publisher.aclose(settings.shutdown_grace_s)
                     await publishing
         finally:
@@ -172,6 +175,16 @@ async def _check(sink: RedisSink) -> None:
             await sink.aclose()
             raise
         log.warning("%s; events will wait on disk", error)
+
+
+async def _watch_groups(sink: RedisSink, service: Service, every_s: float = 5.0) -> None:
+    """Keep the lags of consumer groups for the metrics; there are none while Redis is away."""
+    while True:
+        try:
+            service.metrics.views.group_lags = await sink.group_lags(KINDS)
+        except SinkError:
+            service.metrics.views.group_lags = {}
+        await asyncio.sleep(every_s)
 
 
 class _Relay:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Final, cast
 
 from redis.asyncio import Redis
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, ResponseError
 
 from stream.errors import EventRejected, SinkError
 from stream.sinks.cloudevent import FIELDS, event_fields
@@ -31,6 +31,8 @@ for i = 2, #KEYS do
 end
 return new
 """
+_MOST_GROUPS: Final = 50
+"""Bound on what the groups of others may add to the metrics."""
 _SHA: Final = hashlib.sha1(APPEND_ONCE.encode(), usedforsecurity=False).hexdigest()
 
 
@@ -114,6 +116,22 @@ class RedisSink:
         except FOREIGN as error:
             raise self._mapped(error) from None
         return cast(list[int], reply)
+
+    async def group_lags(self, kinds: Sequence[str]) -> dict[tuple[str, str], int]:
+        """Entries that each consumer group has not been given yet, by kind and group; at most ``_MOST_GROUPS``.
+
+        A group whose lag the server cannot tell (entries were deleted) is left out. Raises ``SinkError``.
+        """
+        lags: dict[tuple[str, str], int] = {}
+        for kind in kinds:
+            try:
+                groups = await self._client.xinfo_groups(stream_key(self._prefix, kind))
+            except ResponseError:  # no such stream yet
+                continue
+            except FOREIGN as error:
+                raise self._mapped(error) from None
+            lags |= {(kind, str(group["name"])): int(group["lag"]) for group in groups if group.get("lag") is not None}
+        return dict(sorted(lags.items())[:_MOST_GROUPS])
 
     async def aclose(self) -> None:
         """See ``Sink``."""
