@@ -10,9 +10,11 @@ async def test_lag_is_what_a_group_was_not_given(server: Server, make_event: Mak
     sink = RedisSink(server.url)
     assert await sink.group_lags(["action", "class"]) == {}
     await sink.publish([make_event(0)])
-    await sink._client.xgroup_create("sightwire:events:action", "alarms", id="$")
+    await sink._client.xgroup_create("sightwire:events:action", "alarms", id="0")
     await sink.publish([make_event(n) for n in range(1, 4)])
-    assert await sink.group_lags(["action", "class"]) == {("action", "alarms"): 3}
+    assert await sink.group_lags(["action", "class"]) == {("action", "alarms"): 4}
     await sink._client.xreadgroup("alarms", "one", {"sightwire:events:action": ">"}, count=2)
-    assert await sink.group_lags(["action"]) == {("action", "alarms"): 1}
+    assert await sink.group_lags(["action"]) == {("action", "alarms"): 2}
+    await sink._client.xgroup_create("sightwire:events:action", "middle", id="1-1")
+    assert ("action", "middle") not in await sink.group_lags(["action"]), "the server cannot tell"
     await sink.aclose()
