@@ -111,6 +111,7 @@ def save_weights(model: BaseModel, folder: Path) -> str:
     path = folder / WEIGHTS_FILE
     # One entry only: the order of several differs from run to run, and the file's hash with it.
     save_file(state, path, metadata={"pack": f"base {VERSION}"})
+    path.chmod(0o644)  # The library makes it readable for its owner alone.
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

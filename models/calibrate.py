@@ -23,7 +23,7 @@ BETA = 0.5
 LOWEST_ON, HIGHEST_ON = 0.5, 0.95
 GAP = 0.2
 """An event ends when the score falls this far under its threshold."""
-_TEMPERATURES = np.geomspace(0.4, 4.0, 47)
+_TEMPERATURES = np.geomspace(0.4, 16.0, 60)
 
 
 def calibrate(actions: ActionScores, sounds: SoundScores) -> Calibration:
