@@ -91,9 +91,14 @@ class Assembler(Generic[P]):
         self._jump_ns = max(JUMP_NS, 3 * tracks.frame_interval_ns)
         self._timeline = Timeline(self._jump_ns)
         rate = tracks.sample_rate or 0
-        # Joined runs keep the items few; a live window must not wait for more audio than it needs.
-        self._joiner = AudioJoiner(rate, 0 if capture.live else PROGRESS_NS)
+        # Joined runs keep the items few.
+        self._joiner = AudioJoiner(rate, PROGRESS_NS)
         self._early = AudioHold(rate)
+
+    @property
+    def live(self) -> bool:
+        """Whether media comes in its own time."""
+        return self._capture.live
 
     @property
     def next_epoch(self) -> int:
@@ -137,6 +142,16 @@ class Assembler(Generic[P]):
                 return
             self._open(pts_ns, arrival_ns, 0, video=False)
         self._place(run)
+
+    def hand_over_audio(self) -> None:
+        """Emit the audio that is still being joined: no more is at hand, and a live window must not wait for it."""
+        self._emit_audio(self._joiner.flush())
+
+    def audio_due_ns(self, after_ns: int) -> int:
+        """Media time up to which audio may be gathered without keeping a window waiting: the next sample time."""
+        if self._selector is None or not self._with_video:
+            return after_ns
+        return self._next_sample_ns(after_ns)
 
     def sender_report(self, offset_ns: int) -> None:
         """Take a mapping of media time to UTC that the sender reported: ``UTC = pts + offset_ns``."""
@@ -234,15 +249,19 @@ class Assembler(Generic[P]):
 
     def _progress(self, pts_ns: int, arrival_ns: int) -> None:
         """Tell how far video is, and choose when to tell again: at the next sample time, where windows close."""
-        assert self._selector is not None
-        origin_ns = self._selector.origin_ns
-        due_ns = pts_ns + PROGRESS_NS
-        for video in self._inputs:
-            sample = first_sample_at_or_after(video, pts_ns + 1 - origin_ns)
-            due_ns = min(due_ns, origin_ns + video.sample_time_ns(sample))
-        self._progress_due_ns = due_ns
+        self._progress_due_ns = self._next_sample_ns(pts_ns)
         self._shown_ns = pts_ns
         self._emit(Progress(self._source_id, self._epoch, pts_ns, arrival_ns))
+
+    def _next_sample_ns(self, after_ns: int) -> int:
+        """The first sample time after this one, but at most ``PROGRESS_NS`` later."""
+        assert self._selector is not None
+        origin_ns = self._selector.origin_ns
+        due_ns = after_ns + PROGRESS_NS
+        for video in self._inputs:
+            sample = first_sample_at_or_after(video, after_ns + 1 - origin_ns)
+            due_ns = min(due_ns, origin_ns + video.sample_time_ns(sample))
+        return due_ns
 
     def _place(self, run: AudioRun) -> None:
         assert self._tracks.sample_rate is not None

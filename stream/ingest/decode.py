@@ -28,6 +28,8 @@ BAD_PACKETS_LIMIT = 300
 """Undecodable packets in a row (about 12 s of video) after which a source is given up."""
 BAD_READS_LIMIT = 100
 """Failed reads in a row after which a source is given up."""
+_GATHERED_LIMIT = 8
+"""Audio packets that are decoded together at most."""
 _ARRIVALS_KEPT = 64
 """More packets than any codec holds back to put frames in order."""
 
@@ -155,6 +157,8 @@ class Decoder:
         self._video_ns: int | None = None if live else 0
         self._audio_known = not live
         self._bad_run = 0
+        self._gathered: list[tuple[Packet[Stream], int]] = []
+        self._audio_due_ns = 0
         if selected.video is not None:
             # Threads inside the decoder cost CPU time and, by frames, latency; sources run side by side instead.
             selected.video.codec_context.thread_count = 1
@@ -165,9 +169,33 @@ class Decoder:
 
     def feed(self, packet: Packet[Stream], arrival_ns: int) -> None:
         """Decode a packet; a damaged one is skipped and counted. Raises ``SourceError`` after too many of them."""
-        is_audio = packet.stream_index == self._audio_index
-        if not is_audio and packet.pts is not None:
+        if packet.stream_index == self._audio_index:
+            self._feed_audio(packet, arrival_ns)
+            return
+        if packet.pts is not None:
             self._remember(packet.pts, arrival_ns)
+        self._decode(packet, arrival_ns)
+
+    def _feed_audio(self, packet: Packet[Stream], arrival_ns: int) -> None:
+        """Gather small packets until a window could want them: decoding a few at once costs a third less CPU time."""
+        self._gathered.append((packet, arrival_ns))
+        pts, base = packet.pts, packet.time_base
+        if pts is not None and packet.size and len(self._gathered) < _GATHERED_LIMIT:
+            end_ns = (pts + (packet.duration or 0)) * base.numerator * NS_PER_S // base.denominator
+            if len(self._gathered) == 1:
+                self._audio_due_ns = self._assembler.audio_due_ns(end_ns - 1)
+            if end_ns < self._audio_due_ns:
+                return
+        self._decode_gathered()
+
+    def _decode_gathered(self) -> None:
+        gathered, self._gathered = self._gathered, []
+        for packet, arrival_ns in gathered:
+            self._decode(packet, arrival_ns)
+        if self._assembler.live and gathered:
+            self._assembler.hand_over_audio()
+
+    def _decode(self, packet: Packet[Stream], arrival_ns: int) -> None:
         try:
             frames = packet.decode()
         except av.error.FFmpegError:
@@ -183,6 +211,7 @@ class Decoder:
 
     def finish(self, reason: str, arrival_ns: int) -> None:
         """Flush and end the epoch."""
+        self._decode_gathered()
         if self._resampler is not None:
             self._hand_on(self._resampler.flush(), arrival_ns)
         self._assembler.end(reason, arrival_ns)

@@ -203,6 +203,7 @@ class SyntheticSource:
             last = -(-next_ns * self._audio_rate // NS_PER_S)
             samples = sound(self.scene, self._audio_rate, first, last - first)
             assembler.audio(first * NS_PER_S // self._audio_rate, arrival_ns, samples)
+            assembler.hand_over_audio()
 
 
 def parse_scene(source_id: str, url: str) -> Scene:

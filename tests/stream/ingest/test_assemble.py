@@ -245,14 +245,15 @@ def test_sound_alone_jumps_too() -> None:
     assert [(start.origin_ns, start.has_video) for start in bench.starts] == [(0, False), (60 * NS_PER_S, False)]
 
 
-def test_recordings_join_runs_of_sound_and_live_sources_do_not() -> None:
-    for live, runs in ((True, 10), (False, 2)):
-        bench = Bench(inputs=(), tracks=Tracks(False, RATE), live=live)
+def test_runs_of_sound_are_joined_until_somebody_asks_for_them() -> None:
+    for asks, runs in ((True, 10), (False, 2)):
+        bench = Bench(inputs=(), tracks=Tracks(False, RATE), live=True)
         for n in range(10):
             bench.audio(n * 20 * MS, 320)
+            if asks:
+                bench.assembler.hand_over_audio()
         bench.end()
         assert len(bench.of(AudioChunk)) == runs
-        assert bench.stats.audio_samples == 3200
 
 
 def test_a_sender_report_is_told_once_until_it_moves() -> None:
