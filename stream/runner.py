@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 LATENCIES_KEPT = 10_000
 """Newest latencies that the summary's percentiles are taken over."""
+
+_TOLD_KEPT = 8192
+"""Ids remembered; the publisher sends again what it published in the last seconds, which is far less."""
 
 ShowEvent = Callable[[Event], None]
 
@@ -73,6 +76,7 @@ class _Tally:
     def __init__(self, service: Service, show: ShowEvent | None) -> None:
         self.latencies_s: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self.events: Counter[str] = Counter()
+        self._told: OrderedDict[str, None] = OrderedDict()
         self._service = service
         self._show = show
         self._live = {f"/sources/{source.id}" for source in service.settings.sources if source.live}
@@ -80,9 +84,16 @@ class _Tally:
     def on_published(
         self, event: Event, acknowledged_monotonic_ns: int, acknowledged_wall_ns: int, *, new: bool, spooled: bool
     ) -> None:
-        """See ``PublishObserver``."""
-        if not new:
+        """See ``PublishObserver``.
+
+        Whether the sink had the id already is no measure: it also has it when only its first answer got lost. An
+        event that is sent again after an outage is told of once.
+        """
+        if event.id in self._told:
             return
+        self._told[event.id] = None
+        if len(self._told) > _TOLD_KEPT:
+            self._told.popitem(last=False)
         self.events[event.kind] += 1
         # The end of a lost source's events repeats the capture time of its last window: that is no latency.
         timely = event.data["phase"] != "end" or event.data.get("reason") == "score"
