@@ -230,6 +230,9 @@ class Manifest(_Strict):
             raise ValueError("a graph is listed twice")
         if len({branch.name for branch in self.branches}) != len(self.branches):
             raise ValueError("a branch is listed twice")
+        heads = [head.name for branch in self.branches for head in branch.heads]
+        if len(set(heads)) != len(heads):
+            raise ValueError("two heads have the same name; event ids tell them apart by it")
         for branch in self.branches:
             for wanted in (branch.graph, branch.encoder):
                 if wanted is not None and wanted not in graphs:

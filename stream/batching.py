@@ -127,8 +127,3 @@ class Batcher:
     def done(self, batch: Batch) -> None:
         """A batch has been computed (or has failed): its sources may be taken again."""
         self._in_flight.difference_update((source, batch.lane) for source in batch.sources)
-
-    def remove(self, source_id: str) -> None:
-        """Forget a source; windows that wait are dropped and counted."""
-        for key in [key for key in self._slots if key[0] == source_id]:
-            self._ledger.hop(source_id, STAGE).drop("removed", len(self._slots.pop(key).windows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ from rich.logging import RichHandler
 
 from engines.errors import EngineError
 from stream.errors import SettingsError, SightwireError
+from stream.secrets import SecretFilter, register_secrets
 from stream.settings import Settings, home, load_settings, redacted_url, source_scheme
+from stream.sinks.console import ToldConsole
 
 app = typer.Typer(
     name="sightwire",
@@ -26,9 +29,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out = Console(highlight=False, soft_wrap=True)
+out = ToldConsole(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+"""What may stand before the = of ``--source ID=URL``."""
 FAILED = 1
 """Exit code when something failed; 2 is a usage error."""
 
@@ -79,21 +84,19 @@ def set_up_logging(verbose: bool = False) -> None:
     if not sys.stderr.isatty():
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.addFilter(SecretFilter())
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     for noisy in ("uvicorn", "asyncio", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def named_sources(given: list[str], *, fast: bool, loop: bool) -> list[dict[str, Any]]:
-    """Settings of sources given on the command line, each with an id of its own.
-
-    Raises ``SettingsError`` for a file that is not there.
-    """
+    """Settings of sources given on the command line, each with an id of its own."""
     sources: list[dict[str, Any]] = []
     used: set[str] = set()
     for text in given:
         name, equals, rest = text.partition("=")
-        named = bool(equals) and name.replace("-", "").replace("_", "").replace(".", "").isalnum()
+        named = bool(equals) and NAME.fullmatch(name) is not None
         url = rest if named else text
         wanted = name if named else _id_from(url)
         source_id, number = wanted, 2
@@ -113,7 +116,7 @@ def _id_from(url: str) -> str:
     parts = [part for part in shown.split("://")[-1].split("/") if part]
     last = parts[-1] if parts else "source"
     stem = last.rsplit(".", 1)[0] if source_scheme(url) == "file" else last
-    safe = "".join(c if c.isalnum() or c in "_-" else "-" for c in stem).strip("-_")
+    safe = re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_")
     return safe[:60] or "source"
 
 
@@ -134,10 +137,14 @@ def settings_from(
         flags["sources"] = named_sources(sources, fast=fast, loop=loop)
     if redis:
         flags["redis"] = {"url": redis}
-    if packs or backend:
-        chosen = {"backend": backend} if backend else {}
-        flags["packs"] = [{"name": name, **chosen} for name in packs or ["base"]]
-    return load_settings(config, flags)
+    if packs:
+        flags["packs"] = [{"name": name} for name in packs]
+    settings = load_settings(config, flags)
+    if backend:
+        flags["packs"] = [pack.model_dump() | {"backend": backend} for pack in settings.packs]
+        settings = load_settings(config, flags)
+    register_secrets(settings)
+    return settings
 
 
 @app.command()

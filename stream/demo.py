@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import selectors
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, files
@@ -19,6 +21,7 @@ from stream.commands import export_pack
 from stream.doctor import SYSTEM_PYTHON, rtsp_server_problem
 from stream.errors import SettingsError
 from stream.settings import home, load_settings
+from stream.sinks.embedded import DIE_WITH_PARENT
 
 SERVER = Path(__file__).resolve().parents[1] / "deploy" / "demo" / "rtsp_server.py"
 STREET = "bikes.mp4"
@@ -48,7 +51,12 @@ def rtsp_server(video: Path) -> Iterator[str]:
     Raises ``SettingsError`` when the server does not come up.
     """
     command = [SYSTEM_PYTHON, str(SERVER), "--serve", f"/street={video}", "--loop", "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    if sys.platform == "linux":
+        command = [sys.executable, "-I", "-S", "-c", DIE_WITH_PARENT, str(os.getpid()), *command]
+    # In a session of its own: Ctrl-C is for the service, which must not see its camera go first.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
     try:
         yield f"rtsp://127.0.0.1:{_port(process)}/street"
     finally:

@@ -13,6 +13,9 @@ from stream.clock import Clock
 from stream.inference import PackRunner
 from stream.types import ClipWindow, Prediction
 
+RESULTS_PER_THREAD = 2
+"""Batches of each engine thread that may wait to be taken in."""
+
 Runners = Mapping[str, PackRunner]
 """One engine thread's packs by name."""
 
@@ -49,6 +52,9 @@ class EnginePool:
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._work = threading.Condition()
+        # Results that nobody has taken in yet are bounded: while events cannot be handed over, engines rest, and
+        # windows of live sources are dropped where drops are counted.
+        self._credits = threading.Semaphore(RESULTS_PER_THREAD * len(runners))
         self._closing = False
         self._threads = [
             threading.Thread(target=self._serve, args=(runner,), name=f"engine-{number}", daemon=True)
@@ -68,15 +74,15 @@ class EnginePool:
             self._work.notify()
         return dropped
 
-    def remove(self, source_id: str) -> None:
-        """Forget what waits of a source."""
-        with self._work:
-            self._batcher.remove(source_id)
+    def taken_in(self) -> None:
+        """A result has been dealt with."""
+        self._credits.release()
 
     @property
     def waiting(self) -> int:
         """Windows that wait for an engine."""
-        return len(self._batcher)
+        with self._work:
+            return len(self._batcher)
 
     async def crashed(self) -> None:
         """Waits for ever, unless an engine thread dies of a bug: then raises what killed it."""
@@ -87,6 +93,8 @@ class EnginePool:
         with self._work:
             self._closing = True
             self._work.notify_all()
+        # Nobody may be left to take results in, so no thread waits for that any more.
+        self._credits.release(len(self._threads))
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
         for runners in self._runners:
@@ -111,9 +119,11 @@ class EnginePool:
             self._crash.set_exception(bug)
 
     def _next(self) -> Batch | None:
+        self._credits.acquire()
         with self._work:
             while (batch := self._batcher.take()) is None:
                 if self._closing:
+                    self._credits.release()
                     return None
                 self._work.wait()
             return batch

@@ -57,6 +57,12 @@ class _EpochState:
     last_window: dict[tuple[str, str], ClipWindow] = field(default_factory=dict)
 
 
+def _has_evidence(window: ClipWindow, prediction: Prediction) -> bool:
+    """Whether there was anything to look at (or, for scores, to listen to): what a network says of nothing is noise."""
+    seen = window.missing_frames < len(window.sample_ns)
+    return seen or (prediction.mask is None and window.audio is not None and window.audio_coverage > 0)
+
+
 class _HeadRules:
     """A head's labels and thresholds as arrays, made once."""
 
@@ -93,6 +99,8 @@ class EventTracker:
         state.last_window[window.key.pack, window.key.branch] = window
         events: list[Event] = []
         for prediction in predictions:
+            if not _has_evidence(window, prediction):
+                continue
             key = (window.key.pack, window.key.branch, prediction.head)
             maker = EventMaker(state.start, self._packs[window.key.pack], self._rules[key].head, window, timing)
             if prediction.mask is not None:

@@ -85,7 +85,7 @@ class Metrics:
         )
         self.event_latency = Histogram(
             "sightwire_event_latency_seconds",
-            "Capture to acknowledged append",
+            "Capture to acknowledged append; events that waited on disk are not in it",
             ["kind"],
             buckets=LATENCY_BUCKETS,
             registry=registry,
@@ -151,7 +151,9 @@ class _ServiceCollector(Collector):
     def _sources(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("sightwire_source_up", "1 while the source delivers", labels=["source"])
         state = GaugeMetricFamily("sightwire_source_state", "1 for the state it is in", labels=["source", "state"])
-        lost = CounterMetricFamily("sightwire_source_reconnects", "Losses by reason", labels=["source", "reason"])
+        lost = CounterMetricFamily(
+            "sightwire_source_reconnects", "Times a live source was lost, by reason", labels=["source", "reason"]
+        )
         frames = CounterMetricFamily("sightwire_frames", "Frames by stage", labels=["source", "stage"])
         skew = GaugeMetricFamily("sightwire_av_skew_seconds", "Video ahead of audio on arrival", labels=["source"])
         for source_id, view in self._views.sources().items():
@@ -188,7 +190,7 @@ class _ServiceCollector(Collector):
             # From 0 on, so that a rate sees the first one.
             events.add_metric([kind], view.published.get(kind, 0))
         failures = CounterMetricFamily("sightwire_publish_failures", "Failed appends", labels=["reason"])
-        for reason, count in view.failures.items():
+        for reason, count in list(view.failures.items()):
             failures.add_metric([reason], count)
         yield from (events, failures)
         yield CounterMetricFamily("sightwire_event_duplicates", "Events Redis already had", value=view.duplicates)

@@ -39,7 +39,11 @@ def load_packs(settings: Settings, home: Path) -> tuple[ServedPack, ...]:
 
     Raises ``SettingsError`` with the cause and the remedy.
     """
-    return tuple(_load_pack(pack, settings.engine.threads, home) for pack in settings.packs)
+    packs = tuple(_load_pack(pack, settings.engine.threads, home) for pack in settings.packs)
+    names = [pack.info.name for pack in packs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SettingsError(f"pack {twice[0]} is given twice; packs of one service need different names")
+    return packs
 
 
 def _load_pack(wanted: PackSettings, threads: int, home: Path) -> ServedPack:

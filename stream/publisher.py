@@ -131,7 +131,7 @@ class Publisher:
 
         After ``aclose`` they go straight to the spool; raises ``SpoolError`` where that can't take them.
         """
-        while len(self._pending) >= self._capacity and not self._finished.is_set():
+        while len(self._pending) >= self._capacity and not (self._abandoned or self._finished.is_set()):
             self._room.clear()
             await self._room.wait()
         self.accepted += len(events)
@@ -165,7 +165,7 @@ class Publisher:
         try:
             await asyncio.shield(worker)
         except asyncio.CancelledError:
-            self._abandon()
+            self.abandon()
             await worker
             raise
         finally:
@@ -183,13 +183,17 @@ class Publisher:
             await self._stow_alone()
             return
         await self._wait(self._finished, grace_s)
-        self._abandon()
+        self.abandon()
         await self._finished.wait()
 
-    def _abandon(self) -> None:
-        """Wait for the sink no longer. Only that wait is cut: a cancelled write to the spool may or may not happen."""
+    def abandon(self) -> None:
+        """Wait for the sink no longer, nor for room: what is in memory goes to the spool, and ``run`` ends.
+
+        Only waiting is cut: a cancelled write to the spool may or may not happen. Idempotent.
+        """
         self._closing = self._abandoned = True
         self._wake.set()
+        self._room.set()
         if self._in_flight is not None:
             self._in_flight.cancel()
 

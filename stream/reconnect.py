@@ -31,8 +31,9 @@ class PatientConnection:
         # A blocking read is silent for as long as it blocks: the socket must wait longer.
         try:
             self.redis: Redis = open_client(url, timeout_s=block_s + 3.0, connect_timeout_s=3.0, name=name)
-        except ValueError as error:
-            raise ClientError(f"not a Redis address: {error}; use redis://host:port/db") from None
+        except ValueError:
+            # The cause may quote the password.
+            raise ClientError("not a Redis address; use redis://:password@host:port/db") from None
         self._url = url
         self._backoff = Backoff()
         self._reached = False

@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-from stream.clock import NS_PER_S, Clock, SystemClock
+from stream.clock import Clock, SystemClock
 from stream.errors import SinkError, SourceError
 from stream.http.app import create_app
 from stream.http.server import bind, serving
@@ -18,22 +18,15 @@ from stream.metrics import PublisherView
 from stream.packs import ServedPack, load_packs
 from stream.publisher import Publisher
 from stream.received import KINDS
-from stream.service import EventPort, Service
-from stream.settings import Settings, home, redacted_url
+from stream.service import Service
+from stream.settings import RedisSettings, Settings, home, redacted_url
 from stream.sinks.embedded import EmbeddedServer
 from stream.sinks.redis import RedisSink
 from stream.sinks.spool import Spool
+from stream.tally import ShowEvent, Summary, Tally
 from stream.types import Event
 
 log = logging.getLogger(__name__)
-
-LATENCIES_KEPT = 10_000
-"""Newest latencies that the summary's percentiles are taken over."""
-
-_TOLD_KEPT = 8192
-"""Ids remembered; the publisher sends again what it published in the last seconds, which is far less."""
-
-ShowEvent = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,187 +43,157 @@ class Addresses:
     """Pack, version and backend of each pack, as text."""
 
 
-@dataclass(slots=True)
-class Summary:
-    """What a run did."""
-
-    frames: int = 0
-    """Frames decoded."""
-    windows: int = 0
-    """Windows predicted."""
-    events: Counter[str] = field(default_factory=Counter)
-    """Events acknowledged (or shown), by kind."""
-    dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Drops by stage and reason, without frames that nobody samples."""
-    spooled: int = 0
-    """Events left on disk for the next run."""
-    latencies_s: Sequence[float] = ()
-    """Capture to acknowledged append, for live sources."""
-    failed: list[SourceError] = field(default_factory=list)
-    """Sources that ended for good with an error."""
+Started = Callable[[Addresses], None]
+"""Called once, when the sources have been started."""
 
 
-class _Tally:
-    """Counts acknowledged events and their latency, and shows them."""
+class Ending:
+    """Turns signals into an orderly end: the first asks for it, the second (or the end of the grace) cuts waiting."""
 
-    def __init__(self, service: Service, show: ShowEvent | None) -> None:
-        self.latencies_s: deque[float] = deque(maxlen=LATENCIES_KEPT)
-        self.events: Counter[str] = Counter()
-        self._told: OrderedDict[str, None] = OrderedDict()
-        self._service = service
-        self._show = show
-        self._live = {f"/sources/{source.id}" for source in service.settings.sources if source.live}
+    def __init__(self, grace_s: float) -> None:
+        self._grace_s = grace_s
+        self._asked = False
+        self._loop = asyncio.get_running_loop()
+        self._service: Service | None = None
+        self._publisher: Publisher | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
-    def on_published(
-        self, event: Event, acknowledged_monotonic_ns: int, acknowledged_wall_ns: int, *, new: bool, spooled: bool
-    ) -> None:
-        """See ``PublishObserver``.
+    @contextlib.contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Handle SIGINT and SIGTERM while the block runs."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        for number in numbers:
+            self._loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                self._loop.remove_signal_handler(number)
+            if self._timer is not None:
+                self._timer.cancel()
 
-        Whether the sink had the id already is no measure: it also has it when only its first answer got lost. An
-        event that is sent again after an outage is told of once.
-        """
-        if event.id in self._told:
+    def _on_signal(self, number: int) -> None:
+        log.info("%s: ending", signal.Signals(number).name)
+        if self._asked:
+            self._cut()
+        self.ask()
+
+    def attach(self, service: Service, publisher: Publisher | None = None) -> None:
+        """What has to end."""
+        self._service, self._publisher = service, publisher
+        if self._asked:
+            service.stop()
+
+    def ask(self) -> None:
+        """End the sources; what is in flight is still published, for as long as the grace lasts."""
+        if self._asked:
             return
-        self._told[event.id] = None
-        if len(self._told) > _TOLD_KEPT:
-            self._told.popitem(last=False)
-        self.events[event.kind] += 1
-        # The end of a lost source's events repeats the capture time of its last window: that is no latency.
-        timely = event.data["phase"] != "end" or event.data.get("reason") == "score"
-        if event.source in self._live and not spooled and timely and event.kind != "source":
-            latency_s = (acknowledged_wall_ns - event.capture_wall_ns) / NS_PER_S
-            self.latencies_s.append(latency_s)
-            self._service.metrics.event_latency.labels(event.kind).observe(latency_s)
-        if self._show is not None:
-            self._show(event)
+        self._asked = True
+        self._timer = self._loop.call_later(self._grace_s, self._cut)
+        if self._service is not None:
+            self._service.stop()
+
+    def _cut(self) -> None:
+        if self._publisher is not None:
+            self._publisher.abandon()
 
 
 class ConsolePort:
     """Shows events instead of publishing them (``sightwire watch``)."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, tally: Tally, clock: Clock) -> None:
+        self._tally = tally
         self._clock = clock
-        self.tally: _Tally | None = None
 
     async def put(self, events: Sequence[Event]) -> None:
         """See ``EventPort``."""
-        if self.tally is None:
-            return
         for event in events:
             now_ns, wall_ns = self._clock.monotonic_ns(), self._clock.wall_ns()
-            self.tally.on_published(event, now_ns, wall_ns, new=True, spooled=False)
+            self._tally.on_published(event, now_ns, wall_ns, new=True, spooled=False)
 
 
 async def run(
     settings: Settings,
     *,
     show: ShowEvent | None = None,
-    started: Callable[[Addresses], None] | None = None,
+    started: Started | None = None,
     seconds: float | None = None,
     publish: bool = True,
     clock: Clock | None = None,
 ) -> Summary:
     """Run until the sources have ended, a signal comes, or ``seconds`` are over.
 
-    Raises ``SightwireError`` with one line for the user when something cannot be started.
+    Without ``publish`` events are only shown, and there is no Redis and no HTTP. Raises ``SightwireError`` with one
+    line for the user when something cannot be started.
     """
     clock = clock or SystemClock()
-    packs = await asyncio.to_thread(load_packs, settings, home())
-    if not publish:
-        return await _run_to_console(settings, packs, clock, show, started, seconds)
-    listener = bind(settings.http) if settings.http.enabled else None
-    async with _redis(settings) as (url, embedded):
-        sink = RedisSink(
-            url,
-            prefix=settings.redis.prefix,
-            maxlen=settings.redis.maxlen,
-            dedupe_s=settings.redis.dedupe_s,
-        )
-        await _check(sink)
-        path = settings.spool.path or home() / "spool.db"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        spool = Spool(path, clock=clock, max_bytes=settings.spool.max_mb << 20)
-        relay = _Relay()
-        publisher = Publisher(sink, spool, clock=clock, observer=relay)
-        service = Service(settings, packs, publisher, clock)
-        relay.tally = tally = _Tally(service, show)
-        service.metrics.views.publisher = lambda: _publisher_view(publisher)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                publishing = tasks.create_task(publisher.run())
-                watching = tasks.create_task(_watch_groups(sink, service))
-                async with contextlib.AsyncExitStack() as stack:
-                    http = None
-                    if listener is not None:
-                        app = create_app(settings.http, service.metrics.registry, service.ready.is_set)
-                        http = await stack.enter_async_context(serving(app, listener))
-                    where = Addresses(redacted_url(url), embedded, http, _backends(packs))
-                    failed = await _run_service(service, where, started, seconds)
-                    watching.cancel()
-                    await publisher.aclose(settings.shutdown_grace_s)
-                    await publishing
-        finally:
-            await sink.aclose()
-        return _summary(service, tally, failed, spool.count)
-
-
-async def _check(sink: RedisSink) -> None:
-    """Say at once when Redis cannot be reached; events wait on disk then.
-
-    Raises ``SinkError`` where waiting cannot help (a wrong password).
-    """
-    try:
-        await sink.check()
-    except SinkError as error:
-        if not error.retryable:
-            await sink.aclose()
-            raise
-        log.warning("%s; events will wait on disk", error)
-
-
-async def _watch_groups(sink: RedisSink, service: Service, every_s: float = 5.0) -> None:
-    """Keep the lags of consumer groups for the metrics; there are none while Redis is away."""
-    while True:
-        try:
-            service.metrics.views.group_lags = await sink.group_lags(KINDS)
-        except SinkError:
-            service.metrics.views.group_lags = {}
-        await asyncio.sleep(every_s)
-
-
-class _Relay:
-    """Lets the publisher be made before the service whose metrics it feeds."""
-
-    tally: _Tally | None = None
-
-    def on_published(
-        self, event: Event, acknowledged_monotonic_ns: int, acknowledged_wall_ns: int, *, new: bool, spooled: bool
-    ) -> None:
-        """See ``PublishObserver``."""
-        if self.tally is not None:
-            self.tally.on_published(event, acknowledged_monotonic_ns, acknowledged_wall_ns, new=new, spooled=spooled)
+    ending = Ending(settings.shutdown_grace_s)
+    with ending.on_signals():
+        packs = await asyncio.to_thread(load_packs, settings, home())
+        live = [source.id for source in settings.sources if source.live]
+        if not publish:
+            # Without a reader there is nothing left to do.
+            tally = Tally(live, show, on_deaf=ending.ask)
+            return await _run_to_console(settings, packs, clock, tally, ending, started, seconds)
+        return await _run_and_publish(settings, packs, clock, Tally(live, show), ending, started, seconds)
 
 
 async def _run_to_console(
     settings: Settings,
     packs: Sequence[ServedPack],
     clock: Clock,
-    show: ShowEvent | None,
-    started: Callable[[Addresses], None] | None,
+    tally: Tally,
+    ending: Ending,
+    started: Started | None,
     seconds: float | None,
 ) -> Summary:
-    port = ConsolePort(clock)
-    service = Service(settings, packs, port, clock)
-    port.tally = tally = _Tally(service, show)
-    failed = await _run_service(service, Addresses(None, False, None, _backends(packs)), started, seconds)
-    return _summary(service, tally, failed, 0)
+    service = Service(settings, packs, ConsolePort(tally, clock), clock)
+    ending.attach(service)
+    where = Addresses(None, False, None, _backends(packs))
+    failed = await _run_service(service, where, ending, started, seconds)
+    return _summary(service, tally, failed)
+
+
+async def _run_and_publish(
+    settings: Settings,
+    packs: Sequence[ServedPack],
+    clock: Clock,
+    tally: Tally,
+    ending: Ending,
+    started: Started | None,
+    seconds: float | None,
+) -> Summary:
+    listener = bind(settings.http) if settings.http.enabled else None
+    async with contextlib.AsyncExitStack() as stack:
+        url, embedded = await stack.enter_async_context(_redis(settings.redis))
+        sink = await stack.enter_async_context(_sink(settings.redis, url))
+        publisher = Publisher(sink, _spool(settings, clock), clock=clock, observer=tally)
+        service = Service(settings, packs, publisher, clock)
+        tally.observe_latency = lambda kind, latency_s: service.metrics.event_latency.labels(kind).observe(latency_s)
+        service.metrics.views.publisher = lambda: _publisher_view(publisher)
+        ending.attach(service, publisher)
+        async with asyncio.TaskGroup() as tasks:
+            publishing = tasks.create_task(publisher.run())
+            watching = tasks.create_task(_watch_groups(sink, service))
+            http = None
+            if listener is not None:
+                app = create_app(settings.http, service.metrics.registry, service.ready.is_set)
+                http = await stack.enter_async_context(serving(app, listener))
+            where = Addresses(redacted_url(url), embedded, http, _backends(packs))
+            failed = await _run_service(service, where, ending, started, seconds)
+            watching.cancel()
+            await publisher.aclose(settings.shutdown_grace_s)
+            await publishing
+        summary = _summary(service, tally, failed)
+        summary.spooled = publisher.spool.count
+        return summary
 
 
 @contextlib.asynccontextmanager
-async def _redis(settings: Settings) -> AsyncIterator[tuple[str, bool]]:
+async def _redis(settings: RedisSettings) -> AsyncIterator[tuple[str, bool]]:
     """The configured Redis, else the embedded server, which is kept running while the block runs."""
-    if settings.redis.url is not None:
-        yield settings.redis.url.get_secret_value(), False
+    if settings.url is not None:
+        yield settings.url.get_secret_value(), False
         return
     server = EmbeddedServer(home() / "valkey")
     url = await server.start()
@@ -244,32 +207,56 @@ async def _redis(settings: Settings) -> AsyncIterator[tuple[str, bool]]:
         await server.stop()
 
 
-async def _run_service(
-    service: Service, where: Addresses, started: Callable[[Addresses], None] | None, seconds: float | None
-) -> list[SourceError]:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, _end, service, number)
+@contextlib.asynccontextmanager
+async def _sink(settings: RedisSettings, url: str) -> AsyncIterator[RedisSink]:
+    """A sink that was tried once: when Redis is away that is said now, and events will wait on disk.
 
+    Raises ``SinkError`` where waiting cannot help (a wrong password).
+    """
+    sink = RedisSink(url, prefix=settings.prefix, maxlen=settings.maxlen, dedupe_s=settings.dedupe_s)
+    try:
+        try:
+            await sink.check()
+        except SinkError as error:
+            if not error.retryable:
+                raise
+            log.warning("%s; events will wait on disk", error)
+        yield sink
+    finally:
+        await sink.aclose()
+
+
+def _spool(settings: Settings, clock: Clock) -> Spool:
+    path = settings.spool.path or home() / "spool.db"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return Spool(path, clock=clock, max_bytes=settings.spool.max_mb << 20)
+
+
+async def _watch_groups(sink: RedisSink, service: Service, every_s: float = 5.0) -> None:
+    """Keep the lags of consumer groups for the metrics; there are none while Redis is away."""
+    while True:
+        try:
+            service.metrics.views.group_lags = await sink.group_lags(KINDS)
+        except SinkError:
+            service.metrics.views.group_lags = {}
+        await asyncio.sleep(every_s)
+
+
+async def _run_service(
+    service: Service, where: Addresses, ending: Ending, started: Started | None, seconds: float | None
+) -> list[SourceError]:
     async def announce() -> None:
         await service.ready.wait()
         if started is not None:
             started(where)
         if seconds is not None:
-            loop.call_later(seconds, service.stop)
+            asyncio.get_running_loop().call_later(seconds, ending.ask)
 
     announcing = asyncio.create_task(announce())
     try:
         return await service.run()
     finally:
         announcing.cancel()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
-
-
-def _end(service: Service, number: int) -> None:
-    log.info("%s: ending", signal.Signals(number).name)
-    service.stop()
 
 
 def _publisher_view(publisher: Publisher) -> PublisherView:
@@ -286,11 +273,14 @@ def _backends(packs: Sequence[ServedPack]) -> tuple[str, ...]:
     return tuple(f"{p.info.name} {p.info.version} on {p.info.backend} {p.info.precision}" for p in packs)
 
 
-def _summary(service: Service, tally: _Tally, failed: list[SourceError], spooled: int) -> Summary:
-    frames = sum(source.supervisor.frames().get("decoded", 0) for source in service.sources.values())
-    windows = sum(count for (_, result), count in service.metrics.views.windows.items() if result == "ok")
-    dropped = Counter({key: n for key, n in service.ledger.dropped().items() if key[1] != "unsampled"})
-    return Summary(frames, windows, tally.events, dropped, spooled, tuple(tally.latencies_s), failed)
-
-
-__all__ = ["Addresses", "ConsolePort", "EventPort", "Summary", "run"]
+def _summary(service: Service, tally: Tally, failed: list[SourceError]) -> Summary:
+    windows = service.metrics.views.windows
+    return Summary(
+        frames=sum(source.supervisor.frames()["decoded"] for source in service.sources.values()),
+        windows=sum(count for (_, result), count in windows.items() if result == "ok"),
+        events=tally.events,
+        dropped=Counter({key: n for key, n in service.ledger.dropped().items() if key[1] != "unsampled"}),
+        duplicates=tally.duplicates,
+        latencies_s=tuple(tally.latencies_s),
+        failed=failed,
+    )

@@ -12,9 +12,10 @@ from rich.table import Table
 
 from stream.doctor import Check
 from stream.received import ReceivedEvent
-from stream.runner import Addresses, Summary
+from stream.runner import Addresses
 from stream.settings import Settings, redacted_url
 from stream.sinks.console import ConsoleSink
+from stream.tally import Summary
 from stream.types import Event
 
 
@@ -41,6 +42,8 @@ def print_summary(console: Console, summary: Summary) -> None:
     table.add_row("windows", f"{summary.windows}")
     kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(summary.events.items()))
     table.add_row("events", f"{summary.events.total()}" + (f" ({kinds})" if kinds else ""))
+    if summary.duplicates:
+        table.add_row("of these Redis had already", f"{summary.duplicates}")
     drops = ", ".join(f"{stage}/{reason} {count}" for (stage, reason), count in sorted(summary.dropped.items()))
     table.add_row("drops", drops or "0")
     if summary.latencies_s:

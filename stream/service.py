@@ -10,7 +10,7 @@ from typing import Protocol
 
 from stream.accounting import Ledger
 from stream.batching import Batcher
-from stream.clock import Clock
+from stream.clock import NS_PER_S, Clock
 from stream.engine_pool import BatchResult, EnginePool
 from stream.errors import SourceError
 from stream.event_format import Timing, source_event
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 SLOT_DEPTH = 2
 """Windows of one live source and branch that may wait for an engine."""
+RETRY_TOLD_NS = 60 * NS_PER_S
+"""How often a source that stays away for the same cause is mentioned in the log."""
 CONTINUES = frozenset({"pts_jump", "wrap", "resolution", "codec", "loop"})
 """Reasons for which an epoch ends while its source stays live."""
 
@@ -80,6 +82,7 @@ class Service:
         self._tracker = EventTracker(settings.events, [(pack.manifest, pack.info) for pack in packs])
         self._results: asyncio.Queue[BatchResult | None] = asyncio.Queue()
         self._stopping = asyncio.Event()
+        self._retries_told: dict[str, tuple[str, int]] = {}
         batcher = Batcher(settings.engine.max_batch, SLOT_DEPTH, self.ledger)
         self._runners = [runners(self._packs, n, self._store) for n in range(settings.engine.threads)]
         self._pool = EnginePool(batcher, list(self._runners), self._results.put_nowait, clock)
@@ -142,13 +145,27 @@ class Service:
         if self._stopping.is_set():
             supervisor.stop()
         tasks.create_task(supervisor.run(), name=f"supervise {settings.id}")
-        tasks.create_task(pipeline.run(), name=f"windows {settings.id}")
+        tasks.create_task(self._run_pipeline(pipeline), name=f"windows {settings.id}")
+
+    async def _run_pipeline(self, pipeline: SourcePipeline) -> None:
+        await pipeline.run()
+        self._store.forget(pipeline.settings.id)
 
     def _source_changed(self, source_id: str, status: SourceStatus, previous: SourceState) -> None:
-        if status.state in (SourceState.BACKING_OFF, SourceState.FAILED):
-            log.warning("%s%s", status.cause, "; will try again" if status.state is SourceState.BACKING_OFF else "")
+        if status.state is SourceState.BACKING_OFF:
+            self._tell_of_retry(source_id, status)
+        elif status.state is SourceState.FAILED:
+            log.error("%s", status.cause)
         elif status.state is not SourceState.CONNECTING or previous is not SourceState.BACKING_OFF:
             log.info("source %s: %s", source_id, status.state)
+
+    def _tell_of_retry(self, source_id: str, status: SourceStatus) -> None:
+        """Once for each cause, then once a minute: a camera that is away for a week must not fill the log."""
+        cause, told_ns = self._retries_told.get(source_id, ("", 0))
+        if cause == status.cause and status.since_ns - told_ns < RETRY_TOLD_NS:
+            return
+        self._retries_told[source_id] = (status.cause, status.since_ns)
+        log.warning("%s; will try again", status.cause)
 
     def _offer(self, window: ClipWindow, live: bool) -> None:
         key = window.key
@@ -204,6 +221,7 @@ class Service:
                 ready = pipeline.in_turn(outcome)
                 await self._put([event for outcome in ready for event in self._track(outcome)])
                 pipeline.settle(len(ready))
+            self._pool.taken_in()
 
     def _count_batch(self, result: BatchResult) -> None:
         pack, branch = result.batch.lane

@@ -6,11 +6,11 @@ import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+from pydantic_settings import SettingsError as PydanticSettingsError
 
 from stream.errors import SettingsError
 
@@ -67,6 +67,8 @@ class SourceSettings(_Section):
         scheme = source_scheme(url.get_secret_value())
         if scheme not in SCHEMES:
             raise ValueError(f"scheme {scheme!r} is not supported; use one of {', '.join(SCHEMES)} or a file path")
+        if scheme in ("rtsp", "rtsps") and has_loose_password(url.get_secret_value()):
+            raise ValueError("the password must be percent-encoded (/ is %2F, # is %23, ? is %3F, @ is %40)")
         return url
 
     @property
@@ -88,14 +90,19 @@ def source_scheme(url: str) -> str:
 
 def redacted_url(url: str) -> str:
     """The URL without its user info and query, fit for a message."""
-    if source_scheme(url) == "file":
+    scheme = source_scheme(url)
+    if scheme == "file":
         return url
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return f"{source_scheme(url)}://(address that cannot be understood)"
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}"
+    # By hand: an unescaped /, # or ? in a password would leave a part of it in what urlsplit takes for the path.
+    rest = url.partition("://")[2].rpartition("@")[2]
+    return f"{scheme}://{rest.partition('?')[0].partition('#')[0]}"
+
+
+def has_loose_password(url: str) -> bool:
+    """Whether the user info holds a character that ends it too early, so that the address means another host."""
+    rest = url.partition("://")[2]
+    user_info = rest.rpartition("@")[0]
+    return any(char in user_info for char in "/?#")
 
 
 class PackSettings(_Section):
@@ -242,7 +249,10 @@ def load_settings(config: Path | None, overrides: dict[str, Any]) -> Settings:
     node: yaml.Node | None = None
     if config is not None:
         tree, node = _read_yaml(config)
-    environment = EnvSettingsSource(Settings)()
+    try:
+        environment = EnvSettingsSource(Settings)()
+    except PydanticSettingsError as error:
+        raise SettingsError(f"environment: {error}") from None
     merged = _merge(_merge(tree, environment), overrides)
     try:
         return Settings(**merged)
@@ -255,16 +265,20 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path}: not a text file in UTF-8") from None
     try:
         tree = yaml.safe_load(text)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise SettingsError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     if tree is None:
         return {}, None
-    if not isinstance(tree, dict):
-        raise SettingsError(f"{path}:1: expected keys and values at the top level")
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise SettingsError(f"{path}:1: expected keys and values at the top level, the keys as text")
     return tree, node
 
 

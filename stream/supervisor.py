@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from stream.channel import Channel
 from stream.clock import NS_PER_S, Clock
@@ -20,6 +21,8 @@ from stream.types import EpochEnd, EpochStart, MediaItem, Stopped
 
 log = logging.getLogger(__name__)
 
+STOP_S = 6.0
+"""How long a source that was told to stop is waited for: its longest uninterruptible step, and a little."""
 STABLE_S = 10.0
 """A source that stayed live this long begins its back-off anew."""
 
@@ -114,7 +117,8 @@ class Supervisor:
                 if self._was_stable():
                     failures = 0
                 failures += 1
-                self.status.reconnects[error.reason] = self.status.reconnects.get(error.reason, 0) + 1
+                if self.status.state is SourceState.LIVE:
+                    self.status.reconnects[error.reason] = self.status.reconnects.get(error.reason, 0) + 1
                 if not error.retryable or (self._retry.give_up and self._next_epoch == 0):
                     self.status.error = error
                     self._set(SourceState.FAILED, str(error))
@@ -151,14 +155,29 @@ class Supervisor:
         )
         thread.start()
         try:
-            error = await asyncio.shield(ended)
+            error = await self._until_ended(ended)
         except asyncio.CancelledError:
             self.stop()
             raise
         finally:
-            await asyncio.to_thread(thread.join)
+            await asyncio.to_thread(thread.join, STOP_S)
         self._end_open_epoch("removed" if self._stop.is_set() else "lost" if error else "end_of_stream")
         return error
+
+    async def _until_ended(self, ended: asyncio.Future[SourceError | None]) -> SourceError | None:
+        """Waits for the source, but once told to stop not for ever: resolving a name cannot be interrupted."""
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            either: set[asyncio.Future[Any]] = {ended, stopping}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
+                await asyncio.wait({ended}, timeout=STOP_S)
+        finally:
+            stopping.cancel()
+        if not ended.done():
+            log.warning("source %s does not end; it is left behind", self.source_id)
+            return None
+        return ended.result()
 
     def _run_source(self, source: CountingSource, ended: asyncio.Future[SourceError | None]) -> None:
         outcome: SourceError | None = None
@@ -179,9 +198,10 @@ class Supervisor:
             self._open_epoch = item.epoch
             self._next_epoch = item.epoch + 1
             self._loop.call_soon_threadsafe(self._set, SourceState.LIVE)
-        elif isinstance(item, EpochEnd):
-            self._open_epoch = None
         self._channel.put(item)
+        if isinstance(item, EpochEnd):
+            # Only now: a channel that was stopped did not take it, and somebody has to say it all the same.
+            self._open_epoch = None
 
     def _end_open_epoch(self, reason: str) -> None:
         """A source that broke off could not say so itself."""

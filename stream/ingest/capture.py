@@ -54,8 +54,12 @@ class LiveCapture:
 
     live = True
 
-    def __init__(self, clock: Clock, uncertainty_ms: float = ARRIVAL_UNCERTAINTY_MS) -> None:
+    def __init__(
+        self, clock: Clock, uncertainty_ms: float = ARRIVAL_UNCERTAINTY_MS, fingerprint: str | None = None
+    ) -> None:
+        """``fingerprint`` names the content of a recording that is played once in its own time."""
         self._clock = clock
+        self._fingerprint = fingerprint
         self._uncertainty_ms = uncertainty_ms
         self._told: CaptureClock | None = None
         self._offset_ns: int | None = None
@@ -88,7 +92,9 @@ class LiveCapture:
         return self._told
 
     def identity(self, epoch: int, origin_ns: int, clock: CaptureClock) -> str:
-        """Capture time of the epoch's start in µs since 1970."""
+        """Capture time of the epoch's start in µs since 1970; for a recording, what is the same at every replay."""
+        if self._fingerprint is not None:
+            return recording_identity(self._fingerprint, origin_ns, epoch)
         return str((origin_ns + clock.offset_ns) // 1000)
 
 
@@ -115,7 +121,7 @@ class RecordingCapture:
 
     def identity(self, epoch: int, origin_ns: int, clock: CaptureClock) -> str:
         """The same at every replay: content, start and number of the epoch."""
-        return f"rec:{self.fingerprint}:{origin_ns}:{epoch}"
+        return recording_identity(self.fingerprint, origin_ns, epoch)
 
     def jumped(self) -> None:
         """See ``Capture``; the tag speaks of the file's start, whatever its timestamps do."""
@@ -123,6 +129,11 @@ class RecordingCapture:
     def sender_report(self, offset_ns: int) -> CaptureClock | None:
         """See ``Capture``; recordings have none."""
         return None
+
+
+def recording_identity(fingerprint: str, origin_ns: int, epoch: int) -> str:
+    """Name of a stretch of a recording: its content, and where the stretch starts."""
+    return f"rec:{fingerprint}:{origin_ns}:{epoch}"
 
 
 def _by_arrival(clock: Clock, pts_ns: int, arrival_ns: int, uncertainty_ms: float) -> CaptureClock:

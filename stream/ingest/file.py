@@ -96,6 +96,8 @@ class FileSource:
             return
         except av.error.FFmpegError as error:
             raise map_av_error(self.source_id, self._url, error) from None
+        except OSError as error:
+            raise failure(self.source_id, self._url, Failure.UNREADABLE, error.strerror or "cannot be read") from None
 
     def _play(self, emit: Emit, stop: StopFlag, pacer: Pacer | None, epoch: int, reason: str) -> int:
         """Read the file once; returns the number of the next epoch."""
@@ -148,7 +150,8 @@ class FileSource:
 
     def _capture(self, container: InputContainer) -> Capture:
         if self._settings.pace is Pace.REALTIME:
-            return LiveCapture(self._clock)
+            # A loop stands in for a camera, for which no two moments are the same.
+            return LiveCapture(self._clock, fingerprint=None if self._settings.loop else fingerprint(self._path))
         created_ns = creation_time_ns(container.metadata.get("creation_time"))
         return RecordingCapture(self._clock, fingerprint(self._path), created_ns)
 

@@ -48,7 +48,7 @@ class Showable(Protocol):
         ...
 
 
-class _Console(Console):
+class ToldConsole(Console):
     """A console that says so when nobody reads it, instead of ending the process."""
 
     def on_broken_pipe(self) -> None:
@@ -61,7 +61,7 @@ class ConsoleSink:
 
     def __init__(self, console: Console | None = None, *, zone: tzinfo | None = None) -> None:
         """``zone`` is that of the times shown, the machine's when not given."""
-        self._console = console or _Console(highlight=False)
+        self._console = console or ToldConsole(highlight=False)
         self._zone = zone
 
     def show(self, event: Showable) -> None:

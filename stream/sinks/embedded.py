@@ -45,7 +45,7 @@ _CONFIG: Final = {
 # Linux: the kernel ends the server with the thread that started it, so that no kill -9 of the service leaves an
 # orphan. Done between fork and exec by an interpreter of its own: running Python after a fork in a process with
 # threads can deadlock. Elsewhere the next start finds the orphan by its state file and uses it.
-_DIE_WITH_PARENT: Final = (
+DIE_WITH_PARENT: Final = (
     "import ctypes,os,sys;"
     "ctypes.CDLL(None).prctl(1,15,0,0,0);"
     "os.getppid()==int(sys.argv[1]) or sys.exit(1);"
@@ -196,7 +196,7 @@ class EmbeddedServer:
         config = "".join(f"{key} {value}\n" for key, value in self._options.items()) + f"port {port}\n"
         command = [str(_binary()), "-"]  # the configuration comes on stdin; the data folder is the working directory
         if sys.platform == "linux":
-            command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+            command = [sys.executable, "-I", "-S", "-c", DIE_WITH_PARENT, str(os.getpid()), *command]
         with (self._folder / "stderr.log").open("wb") as errors:
             process = await asyncio.create_subprocess_exec(
                 *command,

@@ -73,8 +73,9 @@ class RedisSink:
             self._client: Redis = open_client(
                 url, timeout_s=timeout_s, connect_timeout_s=connect_timeout_s, name="sightwire-sink", single=True
             )
-        except ValueError as error:
-            raise SinkError(f"not a Redis address: {error}; use redis://host:port/db", retryable=False) from None
+        except ValueError:
+            # The cause may quote the password.
+            raise SinkError("not a Redis address; use redis://:password@host:port/db", retryable=False) from None
 
     async def check(self) -> str:
         """Version of the server, e.g. ``valkey 9.1.2``. Raises ``SinkError`` when it cannot be used."""

@@ -37,7 +37,6 @@ steps = st.lists(
         st.tuples(st.just("offer"), st.integers(0, 4), st.sampled_from(["watch", "scene"])),
         st.tuples(st.just("take")),
         st.tuples(st.just("done")),
-        st.tuples(st.just("remove"), st.integers(0, 4)),
     ),
     max_size=200,
 )
@@ -75,8 +74,6 @@ def test_any_history_keeps_order_bounds_and_books(
                 flying.append(batch)
             case ("done",) if flying:
                 batcher.done(flying.pop(0))
-            case ("remove", int(number)):
-                batcher.remove(f"s{number}")
     while flying:
         batcher.done(flying.pop())
     while (batch := batcher.take()) is not None:

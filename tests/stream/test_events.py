@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,14 @@ def test_segmentation_tells_areas_and_changes() -> None:
     assert end.data["phase"] == "end" and "mask" not in end.data
     for event in (start, update, end):
         validate(event)
+
+
+def test_windows_without_a_frame_or_a_sound_say_nothing() -> None:
+    t = tracker(smoothing=1.0)
+    blind = replace(window(0), frames=(None,) * 8, missing_frames=8)
+    mask = Prediction(blind.key, "scene", None, {}, np.zeros((4, 4), np.uint8), None)
+    assert t.update(blind, [mask, scored(0, 0.99)], Timing(0, 0, 0, 0)) == []
+    assert feed(t, [0.99], first=1) == [], "and do not count as a window over the threshold"
 
 
 @pytest.mark.parametrize("phase", ["start", "end"])

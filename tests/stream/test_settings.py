@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 
-from stream.cli import named_sources
+from stream.cli import named_sources, settings_from
 from stream.errors import SettingsError
+from stream.secrets import SecretFilter, register_secrets
 from stream.settings import load_settings, redacted_url
 
 
@@ -26,6 +28,12 @@ def write(folder: Path, text: str) -> Path:
         ("engine:\n  threads: none\n", ":2: engine.threads: "),
         ("http:\n  host: 0.0.0.0\n", ":1: http: http.token is required when http.host is 0.0.0.0"),
         ("a: [1,\n", "not valid YAML"),
+        ("1: x\n", ":1: expected keys and values"),
+        ("a: \x07\n", "not valid YAML"),
+        (
+            "sources:\n  - id: a\n    url: rtsp://u:can/ary@h/x\n",
+            ":3: sources.0.url: the password must be percent-encoded",
+        ),
         ("- a\n", ":1: expected keys and values"),
     ],
 )
@@ -47,6 +55,43 @@ def test_a_password_is_in_no_error_and_no_repr(tmp_path: Path) -> None:
     assert redacted_url("rtsp://user:canary@host:554/x?token=canary") == "rtsp://host:554/x"
 
 
+@pytest.mark.parametrize("password", ["canary", "can/ary", "can#ary", "can?ary", "can@ary", "can:ary"])
+def test_no_part_of_any_password_is_shown(password: str) -> None:
+    url = f"rtsp://user:{password}@host:554/stream?token=x#y"
+    assert redacted_url(url) == "rtsp://host:554/stream"
+    assert [source["id"] for source in named_sources([url], fast=False, loop=False)] == ["stream"]
+
+
+def test_a_binary_file_and_a_broken_environment_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sightwire.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SettingsError, match="not a text file"):
+        load_settings(path, {})
+    monkeypatch.setenv("SIGHTWIRE_SOURCES", "xx")
+    with pytest.raises(SettingsError, match="environment"):
+        load_settings(None, {})
+
+
+def test_backend_alone_keeps_the_packs_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "packs:\n  - {name: mine, hop_s: 1.0}\n")
+    (pack,) = settings_from(path, None, None, None, backend="onnxruntime").packs
+    assert (pack.name, pack.hop_s, pack.backend) == ("mine", 1.0, "onnxruntime")
+
+
+def test_secrets_stay_out_of_the_log_whoever_writes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    register_secrets(load_settings(None, {"sources": [{"id": "a", "url": "rtsp://u:p%40canary1@h/x"}]}))
+    with caplog.filtering(SecretFilter()):
+        logging.getLogger("libav").error("Opening %s failed", "rtsp://u:p%40canary1@h/x")
+        logging.getLogger("other").error("login p@canary1 refused by http://x:other@h/")
+        try:
+            raise OSError("rtsp://u:p%40canary1@h/x")
+        except OSError:
+            logging.getLogger("other").exception("it broke")
+    text = caplog.text + "".join(str(record.exc_text) for record in caplog.records)
+    assert "canary1" not in "".join(r.getMessage() for r in caplog.records) and "other@" not in text
+    assert all("canary1" not in str(record.exc_text) for record in caplog.records)
+
+
 def test_flags_win_over_environment_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIGHTWIRE_REDIS__PREFIX", "env")
     monkeypatch.setenv("SIGHTWIRE_REDIS__MAXLEN", "7")
@@ -63,9 +108,9 @@ def test_a_missing_file_says_so(tmp_path: Path) -> None:
 
 
 def test_sources_from_the_command_line_get_names_of_their_own() -> None:
-    given = ["rtsp://u:p@10.0.0.1:554/cam", "door=rtsp://h/cam", "rtsp://h2/cam", "/videos/My street.mp4"]
+    given = ["rtsp://u:p@10.0.0.1:554/cam", "door=rtsp://h/cam", "rtsp://h2/cam", "/videos/My street.mp4", "Café.mp4"]
     sources = named_sources(given, fast=False, loop=False)
-    assert [source["id"] for source in sources] == ["cam", "door", "cam-2", "My-street"]
+    assert [source["id"] for source in sources] == ["cam", "door", "cam-2", "My-street", "Caf"]
     assert sources[1]["url"] == "rtsp://h/cam"
 
 

@@ -149,6 +149,21 @@ async def test_stop_ends_a_source_that_is_running_and_one_that_is_waiting() -> N
             assert isinstance(items[-1], EpochEnd) and items[-1].reason == "removed"
 
 
+async def test_a_source_that_ends_itself_while_being_stopped_still_ends_its_epoch() -> None:
+    def ends_late(emit: Emit, stop: StopFlag, epoch: int) -> None:
+        emit(start(epoch))
+        assert stop.wait(20)
+        emit(EpochEnd("cam", epoch, "removed", 0))
+
+    harness = Harness(ends_late)
+    running = asyncio.create_task(harness.run())
+    async with asyncio.timeout(20):
+        await harness.reached(SourceState.LIVE)
+        harness.supervisor.stop()
+        items = await running
+    assert [type(item).__name__ for item in items] == ["EpochStart", "EpochEnd"]
+
+
 async def test_a_bug_in_a_source_is_raised_not_retried() -> None:
     def bug(emit: Emit, stop: StopFlag, epoch: int) -> None:
         raise ZeroDivisionError

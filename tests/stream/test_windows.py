@@ -248,7 +248,25 @@ def test_a_recording_with_audio_that_stops_closes_by_media_time() -> None:
     items: list[MediaItem] = [epoch_start(live=False), audio(0, 1200)]
     items += [frame(n * 40 * MS, n) for n in range(200)]
     out, _ = cut(items, b)
-    assert [w.audio_coverage for w in out] == [1.0, 0.7, 0.2, 0.0]
+    assert [w.audio_coverage for w in out] == [1.0, 0.7, 0.2, *[0.0] * 11], "not held until the end of the file"
+
+
+def test_a_track_that_fell_silent_is_not_waited_for_until_it_speaks_again() -> None:
+    b = branch(window_ms=1000, hop_ms=500)
+    ledger = Ledger()
+    windows = SourceWindows([Watch("p", b)], Grace(400 * MS, 400 * MS), ledger)
+    windows.push(epoch_start(), 0)
+    waited = []
+    for n in range(300):
+        now = n * 40 * MS
+        closed = windows.push(frame(now, n), now) + windows.poll(now)
+        waited += [w.waited_ns // MS for w in closed]
+    assert waited[0] >= 360, "at first it is waited for"
+    assert waited[-1] == 0, "after five seconds no more"
+    late = windows.push(audio(11_000, 1000), 12_000 * MS)
+    assert late == []
+    more = [w for n in range(300, 320) for w in windows.push(frame(n * 40 * MS, n), n * 40 * MS)]
+    assert [w.audio_coverage for w in more] == [1.0], "it speaks again: the window after this one waits for it"
 
 
 def test_progress_closes_a_window_without_another_frame() -> None:

@@ -285,7 +285,7 @@ def test_real_time_takes_its_time(tmp_path: Path) -> None:
     assert max(late) - min(late) <= 1 * MS
     start = run.of(EpochStart)[0]
     assert start.live
-    assert start.identity == str((start.clock.offset_ns + start.origin_ns) // 1000)
+    assert start.identity.startswith("rec:"), "it is a recording, whatever its pace"
 
 
 def test_a_loop_goes_on_in_a_new_epoch(tmp_path: Path) -> None:

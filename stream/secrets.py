@@ -1,0 +1,44 @@
+"""Keeps passwords out of the log, whoever writes the line."""
+
+from __future__ import annotations
+
+import logging
+import re
+from urllib.parse import unquote
+
+from stream.settings import Settings
+
+_USER_INFO = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^\s/@]+@", re.IGNORECASE)
+_MASK = "***"
+_known: set[str] = set()
+
+
+def register_secrets(settings: Settings) -> None:
+    """Remember every password and token of the settings, as given and decoded."""
+    urls = [source.url.get_secret_value() for source in settings.sources]
+    if settings.redis.url is not None:
+        urls.append(settings.redis.url.get_secret_value())
+    found = [url.partition("://")[2].rpartition("@")[0].partition(":")[2] for url in urls]
+    if settings.http.token is not None:
+        found.append(settings.http.token.get_secret_value())
+    # A password of one or two characters would blank out half of the log.
+    _known.update(text for secret in found for text in (secret, unquote(secret)) if len(text) > 2)
+
+
+def without_secrets(text: str) -> str:
+    """The text with the user info of addresses and all known secrets blanked out."""
+    text = _USER_INFO.sub(rf"\g<scheme>{_MASK}@", text)
+    for secret in sorted(_known, key=len, reverse=True):
+        text = text.replace(secret, _MASK)
+    return text
+
+
+class SecretFilter(logging.Filter):
+    """Blanks out secrets in every record, also those of libraries, and in the tracebacks that go with them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Rewrites the record; lets all pass."""
+        record.msg, record.args = without_secrets(record.getMessage()), None
+        if record.exc_info:
+            record.exc_text = without_secrets(logging.Formatter().formatException(record.exc_info))
+        return True
