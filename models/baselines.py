@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from models.action import minimise
 from models.audio import compress
 from models.batches import Window, window_features
 from models.losses import known_bce, known_cross_entropy
@@ -44,18 +45,7 @@ def fit_logistic(
     """Fit by L-BFGS with an L2 penalty, from zero: nothing random."""
     x, truth = torch.from_numpy(inputs), torch.from_numpy(targets)
     model = LogisticRegression(x.mean(dim=0), 1.0 / (x.std(dim=0) + 1e-3), nn.Linear(x.shape[1], labels))
-    nn.init.zeros_(model.linear.weight)
-    nn.init.zeros_(model.linear.bias)
-    x = (x - model.centre) * model.scale
-    optimizer = torch.optim.LBFGS(model.linear.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss(model.linear(x), truth) + penalty * model.linear.weight.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    minimise(model.linear, (x - model.centre) * model.scale, lambda logits: loss(logits, truth), penalty, steps)
     return model
 
 

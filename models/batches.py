@@ -27,8 +27,9 @@ MIN_PRESENT = 6
 NONE = SOUNDS.index("none")
 Mel = NDArray[np.float32]
 
-_SHARES = {"fights": 0.35, "gmdcsa24": 0.2, "ut-interaction": 0.2, "weizmann": 0.15, "street": 0.1}
-"""How often training draws from each data set."""
+_SHARES = {"fights": 0.35, "gmdcsa24": 0.2, "ut-interaction": 0.2, "weizmann": 0.15}
+_BACKGROUND_SHARE = 0.1
+"""How often training draws from each data set; the last is for those that only show what is not there."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,7 +152,15 @@ class Mixer:
 
     def draw(self, random: np.random.Generator, size: int) -> Batch:
         """One batch."""
-        picked = random.choice(len(self._windows), size, p=self._weights)
+        return self.batch(random.choice(len(self._windows), size, p=self._weights), random)
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """How likely each window is drawn, float64 ``[N]``."""
+        return self._weights
+
+    def batch(self, picked: Sequence[int] | NDArray[np.int64], random: np.random.Generator) -> Batch:
+        """The windows of these numbers, each with a sound drawn for it."""
         items = [self._item(self._windows[index], random) for index in picked]
         features, frame_mask, power, audio_mask, actions, sounds = zip(*items, strict=True)
         return Batch(
@@ -250,6 +259,6 @@ def _sampling_weights(windows: Sequence[Window]) -> NDArray[np.float64]:
     datasets = np.array([key[0] for key in keys])
     for dataset in np.unique(datasets):
         chosen = datasets == dataset
-        weights[chosen] *= _SHARES.get(str(dataset), 0.1) / weights[chosen].sum()
+        weights[chosen] *= _SHARES.get(str(dataset), _BACKGROUND_SHARE) / weights[chosen].sum()
     normalised: NDArray[np.float64] = weights / weights.sum()
     return normalised

@@ -1,7 +1,7 @@
 """What the frozen parts of the network make of the data, computed once and kept on disk.
 
 The trunk is not trained, so its features of every sample are computed once, for several *variants* of each
-recording: shifted sampling grids, mirrored, cropped, recoloured. Files are named by a hash of everything that
+recording: shifted sampling grids, mirrored, cropped, recoloured, seen by a moving camera. Files are named by a hash of everything that
 they depend on; a changed recording, variant or trunk never meets a stale entry.
 """
 
@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from models import base
 from models.audio import LogMel
 from models.backbones.frame import FEATURES
-from models.data import Recording
+from models.camera import MARGIN, draw_path, film, still_clip
+from models.data import STILLS, Recording
 from models.errors import DataError
 from models.frozen import FrozenEncoder
-from models.media import Clip, Images, read_audio, read_clip, sample_pairs
+from models.media import Clip, Images, read_audio, read_clip, read_image, sample_pairs
 
 Advance = Callable[[], None]
 """Called after each file."""
@@ -51,6 +52,23 @@ VARIANTS = (
 """The first is what the service sees; evaluation uses it alone."""
 
 
+@dataclass(frozen=True, slots=True)
+class Moving:
+    """A recording, or a picture, seen through a camera that moves."""
+
+    seed: int
+    """Draws the camera's path."""
+    phase_ns: int = 0
+    """Shift of the sampling grid."""
+
+
+MOVING = (Moving(4),)
+"""Beside ``VARIANTS``: whatever happens goes on happening while the camera moves."""
+STILL_VARIANTS = (Moving(1), Moving(2, 125_000_000))
+"""Pictures have no other."""
+AnyVariant = Variant | Moving
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Track:
     """One variant of a recording, encoded."""
@@ -77,8 +95,17 @@ class Encoded:
     """Length."""
 
 
+def encode_variants(recording: Recording, encoder: FrozenEncoder, folder: Path) -> Encoded:
+    """All that training sees of a recording. Raises ``DataError``."""
+    if recording.dataset == STILLS:
+        return encode_recording(recording, encoder, folder, STILL_VARIANTS)
+    plain = encode_recording(recording, encoder, folder)
+    moving = encode_recording(recording, encoder, folder, MOVING)
+    return Encoded(recording, plain.tracks + moving.tracks, plain.mel, plain.duration_s)
+
+
 def encode_recording(
-    recording: Recording, encoder: FrozenEncoder, folder: Path, variants: Sequence[Variant] = VARIANTS
+    recording: Recording, encoder: FrozenEncoder, folder: Path, variants: Sequence[AnyVariant] = VARIANTS
 ) -> Encoded:
     """From the cache, else computed and kept. Raises ``DataError``."""
     path = folder / f"{recording.dataset}-{recording.path.stem}-{_key(recording.path, encoder, *variants)}.npz"
@@ -93,20 +120,46 @@ def encode_recording(
 
 
 def _compute(
-    recording: Recording, encoder: FrozenEncoder, variants: Sequence[Variant]
+    recording: Recording, encoder: FrozenEncoder, variants: Sequence[AnyVariant]
 ) -> dict[str, NDArray[np.generic]]:
-    plain = read_clip(recording.path, base.WATCH_SIZE, base.WATCH_SIZE, seconds=recording.seconds)
+    plain = _clip(recording, base.WATCH_SIZE)
     arrays: dict[str, NDArray[np.generic]] = {"duration_s": np.array(plain.duration_ns / 1e9)}
     arrays["mel"] = mel_power(plain.audio) if plain.audio is not None and plain.audio.size else np.zeros(0, np.float32)
     for n, variant in enumerate(variants):
-        clip = plain if variant.seed is None else _augmented(recording, variant.seed)
-        _, pairs = sample_pairs(clip, fps=base.WATCH_FPS, lookback_ns=base.LOOKBACK_NS, phase_ns=variant.phase_ns)
-        present = pairs[:, 1] >= 0
-        images = clip.images[:, :, ::-1] if variant.mirror else clip.images
-        features = np.zeros((len(pairs), FEATURES), np.float16)
-        features[present] = encoder.encode(images[pairs[present]])
+        if isinstance(variant, Moving):
+            present, frames = _moving(recording, variant)
+        else:
+            present, frames = _fixed(recording, variant, plain)
+        features = np.zeros((len(present), FEATURES), np.float16)
+        features[present] = encoder.encode(frames)
         arrays[f"features{n}"], arrays[f"present{n}"] = features, present
     return arrays
+
+
+def _clip(recording: Recording, size: int) -> Clip:
+    if recording.dataset == STILLS:
+        return still_clip(read_image(recording.path, size, size), recording.seconds)
+    return read_clip(recording.path, size, size, seconds=recording.seconds)
+
+
+def _fixed(recording: Recording, variant: Variant, plain: Clip) -> tuple[NDArray[np.bool_], Images]:
+    """Which samples there are, bool ``[S]``, and their frames, uint8 ``[P, 2, H, W, 3]``."""
+    clip = plain if variant.seed is None else _augmented(recording, variant.seed)
+    _, pairs = sample_pairs(clip, fps=base.WATCH_FPS, lookback_ns=base.LOOKBACK_NS, phase_ns=variant.phase_ns)
+    present = pairs[:, 1] >= 0
+    images = clip.images[:, :, ::-1] if variant.mirror else clip.images
+    return present, images[pairs[present]]
+
+
+def _moving(recording: Recording, variant: Moving) -> tuple[NDArray[np.bool_], Images]:
+    """As ``_fixed``."""
+    clip = _clip(recording, int(base.WATCH_SIZE * MARGIN))
+    _, pairs = sample_pairs(clip, fps=base.WATCH_FPS, lookback_ns=base.LOOKBACK_NS, phase_ns=variant.phase_ns)
+    present = pairs[:, 1] >= 0
+    shown = pairs[present].reshape(-1)
+    path = draw_path(np.random.default_rng([variant.seed, *recording.path.name.encode()]))
+    seen = film(clip.images[shown], clip.pts_ns[shown], path, base.WATCH_SIZE)
+    return present, seen.reshape(-1, 2, *seen.shape[1:])
 
 
 def _augmented(recording: Recording, seed: int) -> Clip:
@@ -150,7 +203,7 @@ def encode_all(
 ) -> Iterator[Encoded]:
     """Each recording encoded. Raises ``DataError``."""
     for recording in recordings:
-        yield encode_recording(recording, encoder, folder)
+        yield encode_variants(recording, encoder, folder)
         advance()
 
 

@@ -32,6 +32,19 @@ class Schedule(_Strict):
     """Decoupled (Loshchilov and Hutter, ICLR 2019)."""
 
 
+class ActionFit(_Strict):
+    """The linear action head: full-batch logistic regression with an L2 penalty, so nothing is random."""
+
+    penalty: Annotated[float, Field(gt=0)]
+    """Of the squared weights on standardised inputs."""
+    frame_scale: Annotated[float, Field(gt=0, le=1)]
+    """Scale of the frames' own features against their differences': the smaller, the heavier their penalty."""
+    audio_scale: Annotated[float, Field(gt=0, le=1)]
+    """The same for sound."""
+    iterations: Positive = 60
+    """Of L-BFGS, at the most."""
+
+
 class TestGroups(_Strict):
     """Groups that no shipped weight, threshold or temperature has seen."""
 
@@ -63,8 +76,10 @@ class TrainConfig(_Strict):
     """Of PyTorch; another number gives slightly other weights."""
     folds: Annotated[int, Field(ge=2, le=10)] = 3
     """Cross-validation over the training groups, for temperatures and thresholds."""
-    window: Schedule
-    """The window head."""
+    sound: Schedule
+    """The audio encoder and the class head."""
+    action: ActionFit
+    """The action head."""
     decoder: Schedule
     """The segmentation decoder."""
     video_dropout: Share = 0.2

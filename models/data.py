@@ -36,7 +36,7 @@ class Recording:
     path: Path
     """The file."""
     dataset: str
-    """fights, gmdcsa24, ut-interaction, weizmann or street."""
+    """fights, gmdcsa24, ut-interaction, weizmann, street, people, gestures or stills."""
     group: str
     """Recordings of one group never lie on both sides of a split."""
     spans: tuple[Span, ...]
@@ -75,7 +75,8 @@ def recordings(data: Path) -> tuple[Recording, ...]:
         *_gmdcsa(actions / "gmdcsa24"),
         *_clips(actions / "ut-interaction", "sequence", UT_LABELS),
         *_clips(actions / "weizmann", "subject", WEIZMANN_LABELS),
-        *_street(data / "demo"),
+        *_background(data / "demo"),
+        *_stills(data / "segmentation" / "camvid" / "train" / "images"),
     )
 
 
@@ -117,16 +118,34 @@ WEIZMANN_LABELS = {
     "wave_one_hand",
     "wave_two_hands",
 }
-_STREET = {"car-detection.mp4": 20.0, "solidWhiteRight.mp4": 9.0}
-"""Road traffic seen from above and from a car: nobody fights, falls or waves in these."""
+STILLS = "stills"
+"""Data set of single pictures, which only a moving camera makes a recording of."""
+_BACKGROUND = {
+    "car-detection.mp4": ("street", 20.0),
+    "solidWhiteRight.mp4": ("street", 9.0),
+    "one-by-one-person-detection.mp4": ("people", 60.0),
+}
+"""Ordinary video and the seconds used: traffic from above and from a car, persons passing one by one."""
+_EVERY_STILL = 3
+_STILL_SECONDS = 3.0
 
 
-def _street(folder: Path) -> Iterator[Recording]:
-    for name, seconds in _STREET.items():
+def _background(folder: Path) -> Iterator[Recording]:
+    """Recordings in which nobody fights or falls."""
+    for name, (dataset, seconds) in _BACKGROUND.items():
         path = folder / name
         if not path.is_file():
             raise DataError(f"{path} is missing; get the data again")
-        yield Recording(path, "street", path.stem, (Span("traffic", 0.0, float("inf")),), seconds)
+        yield Recording(path, dataset, path.stem, (Span("nothing", 0.0, float("inf")),), seconds)
+    for path in sorted(_folder(folder / "asl_gestures").glob("*.mkv")):
+        yield Recording(path, "gestures", path.stem, (Span("gesture", 0.0, float("inf")),))
+
+
+def _stills(folder: Path) -> Iterator[Recording]:
+    """Some of CamVid's training pictures: streets without an action, for a camera to move over."""
+    for path in sorted(_folder(folder).iterdir())[::_EVERY_STILL]:
+        span = Span("nothing", 0.0, float("inf"))
+        yield Recording(path, STILLS, path.name.partition("_")[0], (span,), _STILL_SECONDS)
 
 
 def _clips(folder: Path, group: str, labels: set[str]) -> Iterator[Recording]:

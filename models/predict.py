@@ -73,13 +73,12 @@ def score_windows(head: WindowHead, windows: Sequence[Window]) -> tuple[Floats, 
         features, masks = zip(*(window_features(window) for window in part), strict=True)
         powers, coverage = zip(*(own_sound(window) for window in part), strict=True)
         with torch.inference_mode():
-            video, sound = head.encode_spectrogram(
+            action, heard, *_ = head.judge(
                 torch.from_numpy(np.stack(features)),
                 torch.from_numpy(np.stack(masks)),
                 compress(torch.from_numpy(np.stack(powers))),
                 torch.tensor(coverage),
             )
-            action, heard = head.judge(video, sound)
         actions.append(action.numpy())
         sounds.append(heard.numpy())
     return np.concatenate(actions), np.concatenate(sounds)

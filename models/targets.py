@@ -102,12 +102,25 @@ def _street(recording: Recording, start_s: float, end_s: float) -> Targets:
     return _targets(positive={"other"}, unknown={"walk", "stand"})
 
 
+def _gestures(recording: Recording, start_s: float, end_s: float) -> Targets:
+    """Sign language by one person who stands or sits: a sign may look like a wave or like pointing."""
+    return _targets(positive={"other"}, unknown={"wave", "point", "sit", "stand"})
+
+
+def _stills(recording: Recording, start_s: float, end_s: float) -> Targets:
+    """Passers-by may be in the picture, but only the camera moves."""
+    return _targets(positive={"other"}, unknown={"walk", "stand"})
+
+
 _RULES: dict[str, Callable[[Recording, float, float], Targets]] = {
     "fights": _fights,
     "gmdcsa24": _gmdcsa,
     "ut-interaction": _ut,
     "weizmann": _weizmann,
     "street": _street,
+    "people": _street,
+    "gestures": _gestures,
+    "stills": _stills,
 }
 
 

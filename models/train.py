@@ -17,10 +17,10 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import data
+from models.action import fit_action
 from models.audio import compress
 from models.backbones.frame import EfficientNetLite0, imagenet_trunk
 from models.base import BaseModel, load_weights, save_weights
@@ -34,7 +34,7 @@ from models.fit import Report, Stage, fit
 from models.frozen import FrozenEncoder, FrozenPyramid
 from models.fusion import WindowHead
 from models.heads import PyramidDecoder
-from models.losses import known_bce, known_cross_entropy
+from models.losses import IGNORE, known_cross_entropy
 from models.predict import ActionScores, SoundScores, score_actions, score_sounds
 from models.progress import console_progress
 from models.scenes import VIEWS, EncodedScenes, class_weights, encode_scenes, scene_loss
@@ -62,29 +62,30 @@ def train(
     config = read_config(config_path)
     given = {"data": data_dir, "cache": cache_dir, "out": out_dir}
     config = config.model_copy(update={key: value for key, value in given.items() if value is not None})
-    run = config.cache / f"run-{_identity(config)}"
     if not resume:
-        shutil.rmtree(run, ignore_errors=True)
+        for part in (_sound_run(config), _decoder_run(config)):
+            shutil.rmtree(part, ignore_errors=True)
     if report is None:
         with console_progress() as shown:
-            return _train(config, run, shown)
-    return _train(config, run, report)
+            return _train(config, shown)
+    return _train(config, report)
 
 
-def _train(config: TrainConfig, run: Path, report: Report) -> Metrics:
+def _train(config: TrainConfig, report: Report) -> Metrics:
     tables = read_tables(config)
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True)
     trunk = stored_trunk()
     train_part, test_part = load_parts(config, tables, trunk, report)
 
+    run = _sound_run(config)
     oof_actions, oof_sounds = cross_validate(config, train_part, run, report)
     calibration = calibrate(oof_actions, oof_sounds)
 
     model = BaseModel()
     model.trunk = trunk
     model.window = fit_window(config, train_part.recordings, train_part.sounds, run / "window", report)
-    model.decoder = fit_decoder(config, train_part.scenes, run / "decoder", report)
+    model.decoder = fit_decoder(config, train_part.scenes, _decoder_run(config) / "decoder", report)
 
     save_weights(model, config.out)
     calibration.write(config.out)
@@ -198,28 +199,26 @@ def fit_window(
     *,
     stop_at: int | None = None,
 ) -> WindowHead:
-    """The window head trained on these recordings and sounds; its state is kept at ``state``."""
+    """The window head trained on these recordings and sounds; the state of its sound part is kept at ``state``."""
     torch.manual_seed(config.seed)
     head = WindowHead()
     # On a processor depthwise convolutions are twice as fast in this layout.
     head.audio.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    centre, scale = feature_statistics(recordings)
-    head.temporal.centre.copy_(centre)
-    head.temporal.scale.copy_(scale)
     windows = [window for item in recordings for window in training_windows(item)]
     mixer = Mixer(windows, sounds, video_dropout=config.video_dropout, audio_dropout=config.audio_dropout)
+    part = nn.ModuleDict({"audio": head.audio, "sound": head.sound})
 
     def loss_of(random: np.random.Generator) -> Tensor:
-        batch = mixer.draw(random, config.window.batch)
-        video, sound = head.encode_spectrogram(
-            batch.features, batch.frame_mask, compress(batch.power), batch.audio_mask
-        )
-        action, heard = head.judge(video, sound)
-        return known_bce(action, batch.actions) + 0.5 * known_cross_entropy(heard, batch.sounds)
+        batch = mixer.draw(random, config.sound.batch)
+        # What is not there has no class, and normalisation by batch must not count it.
+        power, classes = batch.power[batch.sounds != IGNORE], batch.sounds[batch.sounds != IGNORE]
+        return known_cross_entropy(head.sound(head.audio(compress(power))), classes)
 
-    stage = Stage(state.name, config.window, config.seed, state.with_suffix(".safetensors"))
-    fit(head, loss_of, stage, report, stop_at=stop_at)
-    return head.requires_grad_(False)
+    stage = Stage(state.name, config.sound, config.seed, state.with_suffix(".safetensors"))
+    fit(part, loss_of, stage, report, stop_at=stop_at)
+    head.eval().requires_grad_(False)
+    fit_action(head, mixer, config.action, config.seed)
+    return head
 
 
 def fit_decoder(config: TrainConfig, scenes: EncodedScenes, state: Path, report: Report) -> PyramidDecoder:
@@ -234,15 +233,6 @@ def fit_decoder(config: TrainConfig, scenes: EncodedScenes, state: Path, report:
 
     fit(decoder, loss_of, Stage(state.name, config.decoder, config.seed, state.with_suffix(".safetensors")), report)
     return decoder.requires_grad_(False)
-
-
-def feature_statistics(recordings: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
-    """Centre and scale of the features as served, float32 ``[2560]`` each."""
-    rows = [item.tracks[0].features[item.tracks[0].present] for item in recordings]
-    features: NDArray[np.float32] = np.concatenate(rows).astype(np.float32)
-    # The floor keeps features that hardly ever move from being blown up.
-    scale = 1.0 / (features.std(axis=0) + 0.05)
-    return torch.from_numpy(features.mean(axis=0)), torch.from_numpy(scale)
 
 
 def _joined_actions(parts: Sequence[ActionScores]) -> ActionScores:
@@ -261,9 +251,18 @@ def _joined_sounds(parts: Sequence[SoundScores]) -> SoundScores:
     )
 
 
-def _identity(config: TrainConfig) -> str:
-    """Names the run: everything of the configuration that the weights depend on."""
-    return hashlib.sha256(config.model_dump_json(exclude={"out", "cache"}).encode()).hexdigest()[:12]
+def _sound_run(config: TrainConfig) -> Path:
+    return config.cache / f"sound-{_identity(config, {'decoder'})}"
+
+
+def _decoder_run(config: TrainConfig) -> Path:
+    return config.cache / f"decoder-{_identity(config, {'sound', 'test', 'folds', 'video_dropout', 'audio_dropout'})}"
+
+
+def _identity(config: TrainConfig, without: set[str]) -> str:
+    """Names a state: everything of the configuration that it depends on."""
+    chosen = config.model_dump_json(exclude={"out", "cache", "data", "action", *without})
+    return hashlib.sha256(chosen.encode()).hexdigest()[:12]
 
 
 def _limited(items: Sequence[T], limit: int | None, key: Callable[[T], object]) -> tuple[T, ...]:

@@ -154,6 +154,9 @@ class _ServiceCollector(Collector):
         lost = CounterMetricFamily(
             "sightwire_source_reconnects", "Times a live source was lost, by reason", labels=["source", "reason"]
         )
+        refused = CounterMetricFamily(
+            "sightwire_source_failed_attempts", "Attempts that got no media, by reason", labels=["source", "reason"]
+        )
         frames = CounterMetricFamily("sightwire_frames", "Frames by stage", labels=["source", "stage"])
         skew = GaugeMetricFamily("sightwire_av_skew_seconds", "Video ahead of audio on arrival", labels=["source"])
         for source_id, view in self._views.sources().items():
@@ -162,11 +165,13 @@ class _ServiceCollector(Collector):
                 state.add_metric([source_id, str(candidate)], float(candidate is view.status.state))
             for reason, count in list(view.status.reconnects.items()):
                 lost.add_metric([source_id, reason], count)
+            for reason, count in list(view.status.failed_attempts.items()):
+                refused.add_metric([source_id, reason], count)
             for stage, count in view.frames.items():
                 frames.add_metric([source_id, stage], count)
             if view.av_skew_s is not None:
                 skew.add_metric([source_id], view.av_skew_s)
-        yield from (up, state, lost, frames, skew)
+        yield from (up, state, lost, refused, frames, skew)
 
     def _hops(self) -> Iterator[Metric]:
         entered = CounterMetricFamily("sightwire_hop_in", "Items into a hop", labels=["source", "stage"])

@@ -49,7 +49,9 @@ class SourceStatus:
     attempts: int = 0
     """Connection attempts since it was last live."""
     reconnects: dict[str, int] = field(default_factory=dict)
-    """Losses by reason."""
+    """Times it was live and got lost, by reason."""
+    failed_attempts: dict[str, int] = field(default_factory=dict)
+    """Attempts that did not get as far as media, by reason."""
     error: SourceError | None = None
     """Why it failed for good."""
 
@@ -117,8 +119,9 @@ class Supervisor:
                 if self._was_stable():
                     failures = 0
                 failures += 1
-                if self.status.state is SourceState.LIVE:
-                    self.status.reconnects[error.reason] = self.status.reconnects.get(error.reason, 0) + 1
+                was_live = self.status.state is SourceState.LIVE
+                counts = self.status.reconnects if was_live else self.status.failed_attempts
+                counts[error.reason] = counts.get(error.reason, 0) + 1
                 if not error.retryable or (self._retry.give_up and self._next_epoch == 0):
                     self.status.error = error
                     self._set(SourceState.FAILED, str(error))
