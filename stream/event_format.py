@@ -186,8 +186,9 @@ class EventMaker:
             "infer": _ms(timing.inferred_ns - timing.taken_ns),
             "publish": _ms(timing.now_ns - timing.inferred_ns),
             # A recording was captured long ago: count from when it was read.
+            # A recording's last window ends with its last frame's time on show, which nobody waits for: not below 0.
             "total": _ms(
-                timing.now_wall_ns - capture_wall_ns if self.start.live else timing.now_ns - window.arrival_ns
+                max(0, timing.now_wall_ns - capture_wall_ns if self.start.live else timing.now_ns - window.arrival_ns)
             ),
         }
 

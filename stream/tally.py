@@ -80,7 +80,7 @@ class Tally:
         # The end of a lost source's events repeats the capture time of its last window: that is no latency.
         timely = event.data["phase"] != "end" or event.data.get("reason") == "score"
         if event.source in self._live and not spooled and timely and event.kind != "source":
-            latency_s = (acknowledged_wall_ns - event.capture_wall_ns) / NS_PER_S
+            latency_s = max(0, acknowledged_wall_ns - event.capture_wall_ns) / NS_PER_S
             self.latencies_s.append(latency_s)
             self.observe_latency(event.kind, latency_s)
         self._show_it(event)
