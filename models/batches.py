@@ -88,6 +88,13 @@ def service_windows(encoded: Encoded) -> list[Window]:
     return _windows(encoded, 0, range(0, max(1, len(encoded.tracks[0].present)), 2))
 
 
+def calibration_windows(encoded: Encoded) -> list[Window]:
+    """``service_windows``, and the same of the tracks whose camera moves."""
+    moving = [n for n, track in enumerate(encoded.tracks) if track.moving and n > 0]
+    tracks = [_windows(encoded, n, range(0, max(1, len(encoded.tracks[n].present)), 2)) for n in moving]
+    return service_windows(encoded) + [window for windows in tracks for window in windows]
+
+
 def training_windows(encoded: Encoded) -> list[Window]:
     """Windows of every variant at every sample, also those that hang over the ends a little."""
     found = []

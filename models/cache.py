@@ -1,8 +1,8 @@
 """What the frozen parts of the network make of the data, computed once and kept on disk.
 
 The trunk is not trained, so its features of every sample are computed once, for several *variants* of each
-recording: shifted sampling grids, mirrored, cropped, recoloured, seen by a moving camera. Files are named by a hash of everything that
-they depend on; a changed recording, variant or trunk never meets a stale entry.
+recording: shifted sampling grids, mirrored, cropped, recoloured, seen by a moving camera. Files are named by a
+hash of everything that they depend on; a changed recording, variant or trunk never meets a stale entry.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ class Track:
     """bool ``[S]``."""
     phase_s: float
     """Time of the first sample in seconds."""
+    moving: bool = False
+    """Seen by a camera that was made to move."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,7 +115,7 @@ def encode_recording(
         _write(path, _compute(recording, encoder, variants))
     stored = np.load(path)
     tracks = tuple(
-        Track(stored[f"features{n}"], stored[f"present{n}"], variant.phase_ns / 1e9)
+        Track(stored[f"features{n}"], stored[f"present{n}"], variant.phase_ns / 1e9, moving=isinstance(variant, Moving))
         for n, variant in enumerate(variants)
     )
     return Encoded(recording, tracks, stored["mel"] if stored["mel"].size else None, float(stored["duration_s"]))

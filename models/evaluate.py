@@ -14,12 +14,15 @@ from models.base import BaseModel, Calibration
 from models.batches import NONE, LabelledMel, service_windows
 from models.cache import Encoded
 from models.calibrate import sigmoid, softmax
+from models.everyday import everyday_metrics
 from models.labels import ACTIONS, SOUNDS
 from models.metrics import balanced_accuracy, clip_means, label_metrics, mean_of
 from models.predict import ActionScores, score_actions, score_sounds, sound_windows
 from models.scenes import EncodedScenes, confusion, predict_masks, prior_masks, scene_metrics
 
 Metrics = dict[str, Any]
+LABELLED = ("fights", "gmdcsa24", "ut-interaction", "weizmann", "street")
+"""Data sets whose windows count in the action head's numbers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,12 +34,15 @@ class Parts:
     scenes: EncodedScenes
 
 
-def evaluate(model: BaseModel, calibration: Calibration, train: Parts, test: Parts) -> Metrics:
-    """Everything that ``metrics.json`` holds. ``train`` is what the baselines learn from."""
+def evaluate(
+    model: BaseModel, calibration: Calibration, train: Parts, test: Parts, everyday: Sequence[Encoded]
+) -> Metrics:
+    """What ``metrics.json`` says of the stored weights. ``train`` is what the baselines learn from."""
     return {
         "action": action_metrics(model, calibration, train.recordings, test.recordings),
         "class": sound_metrics(model, calibration, train, test),
         "segmentation": segmentation_metrics(model, train.scenes, test.scenes),
+        "everyday": everyday_metrics(model.window, calibration, everyday),
     }
 
 
@@ -64,6 +70,26 @@ def action_metrics(
         },
         "at_thresholds": at_thresholds(probability, scored.targets, calibration.thresholds.get("action", {})),
         "recordings": by_recording(scored, plain),
+    }
+
+
+def cross_validated(scored: ActionScores, plain: NDArray[np.float32]) -> Metrics:
+    """Out-of-fold scores by window, camera as it was, beside the baseline's logits of the same windows."""
+    chosen = [
+        n
+        for n, window in enumerate(scored.windows)
+        if not window.encoded.tracks[window.track].moving and window.encoded.recording.dataset in LABELLED
+    ]
+    kept = ActionScores(tuple(scored.windows[n] for n in chosen), scored.logits[chosen], scored.targets[chosen])
+    ours = label_metrics(kept.logits, kept.targets, ACTIONS)
+    theirs = label_metrics(plain[chosen], kept.targets, ACTIONS)
+    return {
+        "windows": len(chosen),
+        "mean_average_precision": mean_of(ours, "average_precision"),
+        "baseline_mean_average_precision": mean_of(theirs, "average_precision"),
+        "average_precision": {label: row["average_precision"] for label, row in ours.items()},
+        "baseline_average_precision": {label: row["average_precision"] for label, row in theirs.items()},
+        "recordings": by_recording(kept, plain[chosen]),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,9 +58,11 @@ class SoundScores:
     """int64 ``[N]``: number of the ESC-10 recording, -1 for windows of video recordings."""
 
 
-def score_actions(head: WindowHead, encoded: Sequence[Encoded]) -> ActionScores:
+def score_actions(
+    head: WindowHead, encoded: Sequence[Encoded], windows_of: Callable[[Encoded], list[Window]] = service_windows
+) -> ActionScores:
     """Actions in every window, with the recordings' own sound."""
-    windows = tuple(window for item in encoded for window in service_windows(item))
+    windows = tuple(window for item in encoded for window in windows_of(item))
     return ActionScores(windows, score_windows(head, windows)[0], _stack([w.targets for w in windows]))
 
 

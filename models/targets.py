@@ -112,6 +112,11 @@ def _stills(recording: Recording, start_s: float, end_s: float) -> Targets:
     return _targets(positive={"other"}, unknown={"walk", "stand"})
 
 
+def _everyday(recording: Recording, start_s: float, end_s: float) -> Targets:
+    """Counted in events only."""
+    return _targets(positive=set(), unknown=set(ACTIONS))
+
+
 _RULES: dict[str, Callable[[Recording, float, float], Targets]] = {
     "fights": _fights,
     "gmdcsa24": _gmdcsa,
@@ -121,6 +126,7 @@ _RULES: dict[str, Callable[[Recording, float, float], Targets]] = {
     "people": _street,
     "gestures": _gestures,
     "stills": _stills,
+    "everyday": _everyday,
 }
 
 

@@ -17,19 +17,20 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models import data
+from models import baselines, data
 from models.action import fit_action
 from models.audio import compress
 from models.backbones.frame import EfficientNetLite0, imagenet_trunk
 from models.base import BaseModel, load_weights, save_weights
-from models.batches import LabelledMel, Mixer, training_windows
-from models.cache import Encoded, encode_all, encode_sound
+from models.batches import LabelledMel, Mixer, calibration_windows, service_windows, training_windows
+from models.cache import PLAIN, Encoded, encode_all, encode_recording, encode_sound
 from models.calibrate import calibrate
 from models.config import TestGroups, TrainConfig, read_config
 from models.data import LabelledImage, Recording, Sound
-from models.evaluate import Metrics, Parts, evaluate
+from models.evaluate import Metrics, Parts, cross_validated, evaluate
 from models.fit import Report, Stage, fit
 from models.frozen import FrozenEncoder, FrozenPyramid
 from models.fusion import WindowHead
@@ -79,7 +80,7 @@ def _train(config: TrainConfig, report: Report) -> Metrics:
     train_part, test_part = load_parts(config, tables, trunk, report)
 
     run = _sound_run(config)
-    oof_actions, oof_sounds = cross_validate(config, train_part, run, report)
+    oof_actions, oof_sounds, oof_plain = cross_validate(config, train_part, run, report)
     calibration = calibrate(oof_actions, oof_sounds)
 
     model = BaseModel()
@@ -91,7 +92,13 @@ def _train(config: TrainConfig, report: Report) -> Metrics:
     calibration.write(config.out)
     # Measured as they are stored, in half precision, not as they were trained.
     stored, checksum = load_weights(config.out)
-    metrics = {"weights_sha256": checksum, **evaluate(stored, calibration, train_part, test_part)}
+    encoder = FrozenEncoder(trunk, config.cache, config.threads)
+    everyday = [encode_recording(item, encoder, config.cache, (PLAIN,)) for item in data.everyday(config.data)]
+    metrics = {
+        "weights_sha256": checksum,
+        **evaluate(stored, calibration, train_part, test_part, everyday),
+        "cross_validation": cross_validated(oof_actions, oof_plain),
+    }
     (config.out / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
 
@@ -171,23 +178,27 @@ def fold_of(groups: Sequence[str], group: str, folds: int) -> int:
     return sorted(set(groups)).index(group) % folds
 
 
-def cross_validate(config: TrainConfig, part: Parts, run: Path, report: Report) -> tuple[ActionScores, SoundScores]:
-    """Scores of every training group by weights that have not seen it."""
+def cross_validate(
+    config: TrainConfig, part: Parts, run: Path, report: Report
+) -> tuple[ActionScores, SoundScores, NDArray[np.float32]]:
+    """Scores of every training group by weights that have not seen it, and the baseline's logits of the actions."""
     groups: dict[str, list[str]] = {}
     for item in part.recordings:
         groups.setdefault(item.recording.dataset, []).append(item.recording.group)
     video = [fold_of(groups[i.recording.dataset], i.recording.group, config.folds) for i in part.recordings]
     sound = [fold_of([s.fold for s in part.sounds], s.fold, config.folds) for s in part.sounds]
-    actions, sounds = [], []
+    actions, sounds, plain = [], [], []
     for fold in range(config.folds):
         kept = [item for item, at in zip(part.recordings, video, strict=True) if at != fold]
         left = [item for item, at in zip(part.recordings, video, strict=True) if at == fold]
         kept_sounds = [item for item, at in zip(part.sounds, sound, strict=True) if at != fold]
         left_sounds = [item for item, at in zip(part.sounds, sound, strict=True) if at == fold]
         head = fit_window(config, kept, kept_sounds, run / f"fold{fold}", report)
-        actions.append(score_actions(head, left))
+        actions.append(score_actions(head, left, calibration_windows))
+        baseline = baselines.fit_actions([window for item in kept for window in service_windows(item)])
+        plain.append(baseline.scores(baselines.pooled_features(actions[-1].windows)))
         sounds.append(score_sounds(head, left_sounds, left))
-    return _joined_actions(actions), _joined_sounds(sounds)
+    return _joined_actions(actions), _joined_sounds(sounds), np.concatenate(plain)
 
 
 def fit_window(
