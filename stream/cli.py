@@ -84,6 +84,8 @@ def set_up_logging(verbose: bool = False) -> None:
     if not sys.stderr.isatty():
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("%(message)s"))
     handler.addFilter(SecretFilter())
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     for noisy in ("uvicorn", "asyncio", "httpx"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -29,10 +31,21 @@ def print_addresses(console: Console, where: Addresses, settings: Settings) -> N
         console.print(f"  pack     {escape(pack)}")
     if where.redis is not None:
         what = "embedded Valkey" if where.embedded else "Redis"
-        console.print(f"  events   {where.redis} ({what}); from another terminal: [bold]sightwire events --follow[/]")
+        there = "" if where.embedded else f" --redis {where.redis}"
+        console.print(f"  events   {where.redis} ({what}); from another terminal:")
+        console.print(f"           [bold]{escape(_command())} events --follow{escape(there)}[/]")
     if where.http is not None:
         console.print(f"  metrics  {where.http}/metrics")
     console.print("  Ctrl-C ends it.\n")
+
+
+def _command() -> str:
+    """How this command was called, so that what is printed can be typed again."""
+    called = Path(sys.argv[0])
+    if called.name != "sightwire":
+        return "sightwire"
+    path = called.absolute()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(called)
 
 
 def print_summary(console: Console, summary: Summary) -> None:
