@@ -69,6 +69,20 @@ def test_what_is_not_annotated_is_unknown() -> None:
     assert (says(punch, "punch"), says(punch, "kick"), says(punch, "fight")) == (1, 0, -1)
 
 
+@pytest.mark.parametrize("dataset", ["street", "people", "gestures", "stills"])
+def test_nobody_fights_in_ordinary_video(dataset: str) -> None:
+    targets = window_targets(recording(dataset, whole("nothing")), 0, 2)
+    assert all(says(targets, label) == 0 for label in ("fight", "fall", "kick", "punch", "push", "hug", "run"))
+    assert says(targets, "walk") == (-1 if dataset != "gestures" else 0)
+
+
+def test_the_check_for_false_alarms_was_not_trained_on(data: Path) -> None:
+    trained = {clip.path.name for clip in tables.recordings(data)}
+    checked = {clip.path.name for clip in tables.everyday(data)}
+    assert {"bikes.mp4", "bigbuckbunny.mp4"} <= checked
+    assert not trained & checked
+
+
 def test_every_recording_has_targets_and_no_group_is_on_both_sides(data: Path) -> None:
     test = read_config(CONFIG).test
     everything = tables.recordings(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from models.cache import Encoded
 from models.calibrate import HIGHEST_ON, threshold
 from models.config import Schedule, TrainConfig, read_config
 from models.errors import WeightsError
+from models.everyday import events_started
 from models.labels import ACTIONS, SCENE, SOUNDS, VOID
 from models.losses import IGNORE, known_bce, known_cross_entropy
 from models.metrics import auroc, average_precision, balanced_accuracy
@@ -28,7 +30,7 @@ CONFIG = Path(__file__).parents[2] / "models" / "configs" / "base.yaml"
 def tiny() -> TrainConfig:
     """A configuration of a few small steps."""
     schedule = Schedule(steps=30, batch=12, learning_rate=2e-3, weight_decay=0.01)
-    return read_config(CONFIG).model_copy(update={"window": schedule, "threads": 1})
+    return read_config(CONFIG).model_copy(update={"sound": schedule, "threads": 1})
 
 
 class Losses:
@@ -142,6 +144,36 @@ def test_thresholds_favour_precision() -> None:
     on = threshold(scores, positive)
     assert (scores[~positive] >= on).mean() <= 0.01
     assert threshold(scores, np.zeros(240, bool)) == HIGHEST_ON
+
+
+def test_thresholds_hold_in_every_part() -> None:
+    """A part with few windows must not drown in the many of another."""
+    scores = np.concatenate([np.linspace(0.5, 0.9, 40), np.zeros(5000), np.full(5, 0.705)]).astype(np.float32)
+    positive, traffic = np.arange(5045) < 40, np.arange(5045) >= 5040
+    assert threshold(scores, positive) < 0.7
+    assert threshold(scores, positive, [traffic]) > 0.7
+
+
+def test_events_follow_the_services_rules() -> None:
+    assert events_started(np.array([0.9, 0.0, 0.9, 0.0], np.float32), 0.8, 0.6) == 0
+    assert events_started(np.array([0.0, 0.9, 0.9, 0.9, 0.9], np.float32), 0.8, 0.6) == 1
+    twice = np.array([0.9, 0.9, 0.9, 0.0, 0.0, 0.0, 0.0, 0.9, 0.9, 0.9, 0.9], np.float32)
+    assert events_started(twice, 0.8, 0.6) == 2
+
+
+def test_standardisation_goes_into_the_weights(
+    tiny: TrainConfig, encoded: list[Encoded], sounds: list[LabelledMel], tmp_path: Path
+) -> None:
+    """Moving every feature changes the weights and not the scores."""
+    moved = [
+        Encoded(e.recording, tuple(replace(t, features=t.features + 1) for t in e.tracks), e.mel, e.duration_s)
+        for e in encoded
+    ]
+    want = score_actions(fit_window(tiny, encoded, sounds, tmp_path / "a", Losses()), encoded).logits
+    got = score_actions(fit_window(tiny, moved, sounds, tmp_path / "b", Losses()), moved).logits
+    # Labels without an example have no finite optimum to agree on.
+    fight = ACTIONS.index("fight")
+    assert got[:, fight] == pytest.approx(want[:, fight], abs=0.5)
 
 
 def test_logistic_regression_separates_what_is_separable() -> None:
