@@ -65,6 +65,15 @@ def fit_action(head: WindowHead, mixer: Mixer, config: ActionFit, seed: int) -> 
         head.prior.copy_(linear.bias)
 
 
+def rescale(head: WindowHead, slope: Tensor, offset: Tensor) -> None:
+    """Put a slope and an offset per label, float32 ``[16]`` each, into the weights of ``head``."""
+    with torch.no_grad():
+        for linear in (head.see, head.hear):
+            linear.weight.mul_(slope[:, None])
+            linear.bias.mul_(slope)
+        head.prior.mul_(slope).add_(offset)
+
+
 def _inputs(head: WindowHead, mixer: Mixer, random: np.random.Generator) -> tuple[Tensor, ...]:
     """Pooled video ``[N, POOLED]``, seen ``[N, 1]``, embedding ``[N, EMBEDDING]``, heard ``[N, 1]``, targets."""
     rows = []

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from models import baselines, data
-from models.action import fit_action
+from models.action import fit_action, rescale
 from models.audio import compress
 from models.backbones.frame import EfficientNetLite0, imagenet_trunk
 from models.base import BaseModel, load_weights, save_weights
 from models.batches import LabelledMel, Mixer, calibration_windows, service_windows, training_windows
 from models.cache import PLAIN, Encoded, encode_all, encode_recording, encode_sound
-from models.calibrate import calibrate
+from models.calibrate import calibrate, label_scaling
 from models.config import TestGroups, TrainConfig, read_config
 from models.data import LabelledImage, Recording, Sound
 from models.evaluate import Metrics, Parts, cross_validated, evaluate
@@ -81,11 +81,14 @@ def _train(config: TrainConfig, report: Report) -> Metrics:
 
     run = _sound_run(config)
     oof_actions, oof_sounds, oof_plain = cross_validate(config, train_part, run, report)
+    scaling = label_scaling(oof_actions)
+    oof_actions = scaling(oof_actions)
     calibration = calibrate(oof_actions, oof_sounds)
 
     model = BaseModel()
     model.trunk = trunk
     model.window = fit_window(config, train_part.recordings, train_part.sounds, run / "window", report)
+    rescale(model.window, scaling.slope, scaling.offset)
     model.decoder = fit_decoder(config, train_part.scenes, _decoder_run(config) / "decoder", report)
 
     save_weights(model, config.out)
