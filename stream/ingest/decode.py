@@ -165,6 +165,11 @@ class Decoder:
             assert selected.video.time_base is not None
             self._multiply = selected.video.time_base.numerator * NS_PER_S
             self._divide = selected.video.time_base.denominator
+        # As integers, once: each look at a time_base makes a Fraction.
+        self._audio_multiply, self._audio_divide = 0, 1
+        if selected.audio is not None and selected.audio.time_base is not None:
+            self._audio_multiply = selected.audio.time_base.numerator * NS_PER_S
+            self._audio_divide = selected.audio.time_base.denominator
         self._interval_ns = frame_interval_ns(selected.video) if selected.video is not None else 0
 
     def feed(self, packet: Packet[Stream], arrival_ns: int) -> None:
@@ -179,9 +184,9 @@ class Decoder:
     def _feed_audio(self, packet: Packet[Stream], arrival_ns: int) -> None:
         """Gather small packets until a window could want them: decoding a few at once costs a third less CPU time."""
         self._gathered.append((packet, arrival_ns))
-        pts, base = packet.pts, packet.time_base
+        pts = packet.pts
         if pts is not None and packet.size and len(self._gathered) < _GATHERED_LIMIT:
-            end_ns = (pts + (packet.duration or 0)) * base.numerator * NS_PER_S // base.denominator
+            end_ns = (pts + (packet.duration or 0)) * self._audio_multiply // self._audio_divide
             if len(self._gathered) == 1:
                 self._audio_due_ns = self._assembler.audio_due_ns(end_ns - 1)
             if end_ns < self._audio_due_ns:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from os import SEEK_END
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -159,11 +160,12 @@ class FileSource:
         self, container: InputContainer, selected: Selected, pacer: Pacer | None, stop: StopFlag
     ) -> Iterator[tuple[Packet[Stream], int]]:
         """Packets with their arrival times, which are their due times where the pace is real time."""
+        bases = {stream.index: stream.time_base or Fraction(1) for stream in selected.streams}
         for packet in read_packets(container, selected.streams, self.stats, lambda: not stop.is_set()):
             if pacer is None:
                 yield packet, self._clock.monotonic_ns()
                 continue
-            due_ns = pacer.due_ns if packet.dts is None else pacer.due(to_ns(packet.dts, packet.time_base))
+            due_ns = pacer.due_ns if packet.dts is None else pacer.due(to_ns(packet.dts, bases[packet.stream_index]))
             wait_ns = due_ns - self._clock.monotonic_ns()
             if wait_ns > 0:
                 stop.wait(wait_ns / NS_PER_S)

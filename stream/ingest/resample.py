@@ -11,6 +11,8 @@ from av.audio.resampler import AudioResampler
 from stream.ingest.audio import Samples
 from stream.ingest.timeline import SampleCounter, to_ns
 
+_LOUDEST = np.float32(1.0)
+
 Timed = tuple[int, Samples]
 """pts of the first sample in ns, samples."""
 
@@ -26,6 +28,8 @@ class MonoResampler:
         self._rate = sample_rate
         self._resampler: AudioResampler | None = None
         self._format: tuple[str, str, int] | None = None
+        self._unit = Fraction(1, sample_rate)
+        """Time base of the source's samples."""
         self._source = SampleCounter(sample_rate)
         self._output = SampleCounter(sample_rate)
         self.restarts = 0
@@ -34,7 +38,8 @@ class MonoResampler:
     def feed(self, frame: AudioFrame) -> list[Timed]:
         """Resample a frame. Raises ``av.error.FFmpegError``."""
         form = (frame.format.name, frame.layout.name, frame.sample_rate)
-        pts_ns = None if frame.pts is None or frame.time_base is None else to_ns(frame.pts, frame.time_base)
+        base = frame.time_base
+        pts_ns = None if frame.pts is None or base is None else to_ns(frame.pts, base)
         done: list[Timed] = []
         if form != self._format or self._source.breaks(pts_ns):
             done = self.flush()
@@ -42,7 +47,7 @@ class MonoResampler:
         self._source.take(frame.samples)
         # The filter must not re-time anything: the counters do.
         frame.pts = None
-        frame.time_base = Fraction(1, frame.sample_rate)
+        frame.time_base = self._unit
         assert self._resampler is not None
         return done + self._collect(self._resampler.resample(frame))
 
@@ -58,6 +63,7 @@ class MonoResampler:
             self.restarts += 1
         start_ns = pts_ns if pts_ns is not None else self._source.next_ns or 0
         self._format = form
+        self._unit = Fraction(1, form[2])
         # Channels are averaged: FFmpeg's own weights for float (0.7 each) overshoot.
         self._resampler = AudioResampler("flt", "mono", self._rate, options={"rematrix_maxval": "1.0"})
         self._source = SampleCounter(form[2])
@@ -68,6 +74,7 @@ class MonoResampler:
         timed = []
         for frame in frames:
             samples = np.frombuffer(memoryview(frame.planes[0]), np.float32, frame.samples)
-            # Overshoot of the filter and of lossy codecs.
-            timed.append((self._output.take(frame.samples), samples.clip(-1.0, 1.0)))
+            # Overshoot of the filter and of lossy codecs. (Two ufuncs take a third of the time of clip.)
+            bounded = np.minimum(samples, _LOUDEST)
+            timed.append((self._output.take(frame.samples), np.maximum(bounded, -_LOUDEST, out=bounded)))
         return timed
