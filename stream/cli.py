@@ -88,7 +88,7 @@ def set_up_logging(verbose: bool = False) -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
     handler.addFilter(SecretFilter())
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
-    for noisy in ("uvicorn", "asyncio", "httpx"):
+    for noisy in ("uvicorn", "asyncio", "httpx", "onnx_ir", "onnxscript", "torch"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
@@ -268,7 +268,7 @@ def train(
     set_up_logging()
     from stream.commands import train_model
 
-    train_model(config, data=data, out=to, resume=not fresh)
+    train_model(err, config, data=data, out=to, resume=not fresh)
 
 
 @app.command()

@@ -56,7 +56,7 @@ def export_pack(console: Console, name: str, folder: Path, *, force: bool) -> No
     console.print(f"pack {manifest.name} {manifest.version}: {folder}")
 
 
-def train_model(config: Path, *, data: Path | None, out: Path | None, resume: bool) -> None:
+def train_model(console: Console, config: Path, *, data: Path | None, out: Path | None, resume: bool) -> None:
     """Train as the configuration says. Raises ``SettingsError``."""
     _need_torch("sightwire train")
     from models.errors import ModelError
@@ -66,3 +66,5 @@ def train_model(config: Path, *, data: Path | None, out: Path | None, resume: bo
         train(config, data_dir=data, out_dir=out, resume=resume)
     except ModelError as error:
         raise SettingsError(str(error)) from error
+    where = out or "the folder that the configuration names"
+    console.print(f"trained: weights, thresholds and metrics.json (held-out groups only) are in {where}")
