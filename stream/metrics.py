@@ -30,6 +30,8 @@ class SourceView:
     """State, attempts, losses."""
     frames: Mapping[str, int]
     """Frames by stage, as the decoder counts them."""
+    audio_samples: Mapping[str, int]
+    """Audio samples emitted and dropped by the decoder."""
     av_skew_s: float | None
     """How far video is ahead of audio as they arrive, in media time."""
 
@@ -158,6 +160,9 @@ class _ServiceCollector(Collector):
             "sightwire_source_failed_attempts", "Attempts that got no media, by reason", labels=["source", "reason"]
         )
         frames = CounterMetricFamily("sightwire_frames", "Frames by stage", labels=["source", "stage"])
+        audio = CounterMetricFamily(
+            "sightwire_audio_samples", "Audio samples at ingest, emitted or dropped", labels=["source", "result"]
+        )
         skew = GaugeMetricFamily("sightwire_av_skew_seconds", "Video ahead of audio on arrival", labels=["source"])
         for source_id, view in self._views.sources().items():
             up.add_metric([source_id], float(view.status.state is SourceState.LIVE))
@@ -169,9 +174,11 @@ class _ServiceCollector(Collector):
                 refused.add_metric([source_id, reason], count)
             for stage, count in view.frames.items():
                 frames.add_metric([source_id, stage], count)
+            for result, count in view.audio_samples.items():
+                audio.add_metric([source_id, result], count)
             if view.av_skew_s is not None:
                 skew.add_metric([source_id], view.av_skew_s)
-        yield from (up, state, lost, refused, frames, skew)
+        yield from (up, state, lost, refused, frames, audio, skew)
 
     def _hops(self) -> Iterator[Metric]:
         entered = CounterMetricFamily("sightwire_hop_in", "Items into a hop", labels=["source", "stage"])

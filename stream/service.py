@@ -272,4 +272,5 @@ class Service:
 
 
 def _view(source: RunningSource) -> SourceView:
-    return SourceView(source.supervisor.status, source.supervisor.frames(), source.pipeline.av_skew_s)
+    supervisor = source.supervisor
+    return SourceView(supervisor.status, supervisor.frames(), supervisor.audio_samples(), source.pipeline.av_skew_s)

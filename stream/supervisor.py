@@ -82,7 +82,7 @@ class Supervisor:
         self.source_id = source_id
         self.status = SourceStatus(since_ns=clock.monotonic_ns())
         self._source: CountingSource | None = None
-        self._past_frames: Counter[str] = Counter()
+        self._past: Counter[str] = Counter()
         self._open_source = open_source
         self._channel = channel
         self._retry = retry
@@ -103,8 +103,15 @@ class Supervisor:
 
     def frames(self) -> dict[str, int]:
         """Frames by stage, over all connections so far."""
-        current = _frame_counts(self._source)
-        return {stage: self._past_frames[stage] + current[stage] for stage in _FRAME_STAGES}
+        return self._totals(_FRAME_STAGES)
+
+    def audio_samples(self) -> dict[str, int]:
+        """Audio samples emitted and dropped at ingest, over all connections so far."""
+        return self._totals(_AUDIO_RESULTS)
+
+    def _totals(self, names: tuple[str, ...]) -> dict[str, int]:
+        current = _counts(self._source)
+        return {name: self._past[name] + current[name] for name in names}
 
     async def run(self) -> None:
         """Returns when the source has ended, failed or been stopped; the channel is closed then."""
@@ -147,7 +154,7 @@ class Supervisor:
     async def _attempt(self) -> SourceError | None:
         """One run of the source on a thread of its own; the error that ended it."""
         ended: asyncio.Future[SourceError | None] = self._loop.create_future()
-        self._past_frames.update(_frame_counts(self._source))
+        self._past.update(_counts(self._source))
         self._source = None
         try:
             self._source = source = self._open_source(self._next_epoch)
@@ -227,9 +234,10 @@ class Supervisor:
 
 
 _FRAME_STAGES = ("decoded", "sampled", "skipped", "late", "corrupt_packets")
+_AUDIO_RESULTS = ("emitted", "dropped")
 
 
-def _frame_counts(source: CountingSource | None) -> Counter[str]:
+def _counts(source: CountingSource | None) -> Counter[str]:
     if source is None:
         return Counter()
     stats = source.stats
@@ -239,6 +247,8 @@ def _frame_counts(source: CountingSource | None) -> Counter[str]:
         skipped=stats.frames_skipped,
         late=stats.frames_late,
         corrupt_packets=stats.corrupt_packets,
+        emitted=stats.audio_samples,
+        dropped=stats.audio_samples_dropped,
     )
 
 
