@@ -74,7 +74,7 @@ class MonoResampler:
         timed = []
         for frame in frames:
             samples = np.frombuffer(memoryview(frame.planes[0]), np.float32, frame.samples)
-            # Overshoot of the filter and of lossy codecs. (Two ufuncs take a third of the time of clip.)
+            # Overshoot of the filter and of lossy codecs. (Two ufuncs spare the wrapper around clip.)
             bounded = np.minimum(samples, _LOUDEST)
             timed.append((self._output.take(frame.samples), np.maximum(bounded, -_LOUDEST, out=bounded)))
         return timed
