@@ -5,10 +5,10 @@ from __future__ import annotations
 from fractions import Fraction
 
 from engines.manifest import AudioInput, Branch, Head, HeadKind, Modality, Mode, Threshold, VideoInput
-from models import base
 from models.audio import SAMPLE_RATE
-from models.base import Calibration
-from models.labels import ACTIONS, SCENE, SOUNDS
+from models.basepack import network
+from models.basepack.labels import ACTIONS, SCENE, SOUNDS
+from models.basepack.network import Calibration
 
 NAME = "base"
 DESCRIPTION = "Actions, sounds and street scenes: EfficientNet-Lite0 on frames and their differences, log-mel CNN."
@@ -20,13 +20,13 @@ def watch_branch(calibration: Calibration) -> Branch:
     return Branch(
         name="watch",
         mode=Mode.STAGED,
-        window_ns=base.WATCH_WINDOW_NS,
-        hop_ns=base.WATCH_HOP_NS,
+        window_ns=network.WATCH_WINDOW_NS,
+        hop_ns=network.WATCH_HOP_NS,
         video=VideoInput(
-            width=base.WATCH_SIZE,
-            height=base.WATCH_SIZE,
-            fps=Fraction(base.WATCH_FPS),
-            lookback_ns=base.LOOKBACK_NS,
+            width=network.WATCH_SIZE,
+            height=network.WATCH_SIZE,
+            fps=Fraction(network.WATCH_FPS),
+            lookback_ns=network.LOOKBACK_NS,
         ),
         audio=AudioInput(sample_rate=SAMPLE_RATE),
         encoder="encoder",
@@ -63,9 +63,9 @@ def scene_branch() -> Branch:
     return Branch(
         name="scene",
         mode=Mode.CLIP,
-        window_ns=base.SCENE_WINDOW_NS,
-        hop_ns=base.SCENE_WINDOW_NS,
-        video=VideoInput(width=base.SCENE_WIDTH, height=base.SCENE_HEIGHT, fps=Fraction(1)),
+        window_ns=network.SCENE_WINDOW_NS,
+        hop_ns=network.SCENE_WINDOW_NS,
+        video=VideoInput(width=network.SCENE_WIDTH, height=network.SCENE_HEIGHT, fps=Fraction(1)),
         graph="segmentation",
         heads=(Head(name="segmentation", kind=HeadKind.SEGMENTATION, output="mask", labels=SCENE),),
     )

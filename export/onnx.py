@@ -19,10 +19,10 @@ from engines.measure import Reference
 from engines.types import Array, Tensors
 from export.base import DESCRIPTION, LICENCE, NAME, scene_branch, watch_branch
 from export.parity import run_parity
-from models import base
 from models.backbones.frame import FEATURES
-from models.base import BaseModel, Calibration, load_weights
-from models.fusion import OUTPUTS
+from models.basepack import network
+from models.basepack.network import BaseModel, Calibration, load_weights
+from models.basepack.window import OUTPUTS
 
 OPSET = 18
 BATCH = "batch"
@@ -60,7 +60,7 @@ def export_base(
     Raises ``models.errors.WeightsError`` when the weights are absent or of another architecture,
     ``engines.errors.ParityMissing`` when the clips cannot be used, ``ExportError`` from the exporter.
     """
-    progress(f"reading {weights_dir / base.WEIGHTS_FILE}")
+    progress(f"reading {weights_dir / network.WEIGHTS_FILE}")
     model, checkpoint = load_weights(weights_dir)
     calibration = Calibration.read(weights_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -102,16 +102,16 @@ def reference(graph: GraphToExport) -> Reference:
 
 def base_graphs(model: BaseModel) -> Iterator[GraphToExport]:
     """The three graphs of the base pack, with example inputs."""
-    size = base.WATCH_SIZE
+    size = network.WATCH_SIZE
     yield GraphToExport("encoder", model.encoder.eval(), {"frames": _picture(2, 2, size, size, 3)}, ("features",))
     window = {
-        "features": torch.zeros(2, base.WATCH_SAMPLES, FEATURES),
-        "frame_mask": torch.ones(2, base.WATCH_SAMPLES),
-        "audio": torch.zeros(2, base.AUDIO_SAMPLES),
+        "features": torch.zeros(2, network.WATCH_SAMPLES, FEATURES),
+        "frame_mask": torch.ones(2, network.WATCH_SAMPLES),
+        "audio": torch.zeros(2, network.AUDIO_SAMPLES),
         "audio_mask": torch.ones(2),
     }
     yield GraphToExport("window", model.window.eval(), window, OUTPUTS)
-    scene = _picture(2, 1, base.SCENE_HEIGHT, base.SCENE_WIDTH, 3)
+    scene = _picture(2, 1, network.SCENE_HEIGHT, network.SCENE_WIDTH, 3)
     yield GraphToExport("segmentation", model.segmenter.eval(), {"frames": scene}, ("mask",))
 
 

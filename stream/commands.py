@@ -59,8 +59,8 @@ def export_pack(console: Console, name: str, folder: Path, *, force: bool) -> No
 def train_model(console: Console, config: Path, *, data: Path | None, out: Path | None, resume: bool) -> None:
     """Train as the configuration says. Raises ``SettingsError``."""
     _need_torch("sightwire train")
+    from models.basepack.train import train
     from models.errors import ModelError
-    from models.train import train
 
     try:
         train(config, data_dir=data, out_dir=out, resume=resume)

@@ -15,11 +15,11 @@ from engines.manifest import MANIFEST_FILE, HeadKind, Mode, check_integrity, rea
 from engines.measure import random_batch
 from engines.types import Array, Engine
 from export.onnx import ExportError, GraphToExport, base_graphs, export_base, export_graph, reference
-from models import base
-from models.base import BaseModel, load_weights
+from models.basepack import network
+from models.basepack.labels import ACTIONS, SCENE, SOUNDS
+from models.basepack.network import BaseModel, load_weights
+from models.basepack.window import OUTPUTS
 from models.errors import WeightsError
-from models.fusion import OUTPUTS
-from models.labels import ACTIONS, SCENE, SOUNDS
 from models.media import read_clip, sample_pairs
 
 WEIGHTS = Path(__file__).parents[2] / "models" / "weights" / "base"
@@ -46,9 +46,9 @@ def test_manifest(base_pack: Path) -> None:
     watch, scene = manifest.branches
     assert (watch.mode, watch.encoder, watch.graph) == (Mode.STAGED, "encoder", "window")
     assert watch.video is not None
-    assert watch.video.samples_in(watch.window_ns) == base.WATCH_SAMPLES
+    assert watch.video.samples_in(watch.window_ns) == network.WATCH_SAMPLES
     assert watch.audio is not None
-    assert watch.audio.samples_in(watch.window_ns) == base.AUDIO_SAMPLES
+    assert watch.audio.samples_in(watch.window_ns) == network.AUDIO_SAMPLES
     heads = {head.kind: head for branch in manifest.branches for head in branch.heads}
     assert heads[HeadKind.ACTION].labels == ACTIONS
     assert heads[HeadKind.CLASS].labels == SOUNDS
@@ -91,7 +91,7 @@ def test_graphs_equal_pytorch(
 
 def test_stages_equal_the_whole_model_on_raw_windows(model: BaseModel, engines: dict[str, Engine], film: Path) -> None:
     frames, audio = real_windows(film)
-    mask = np.ones((len(frames), base.WATCH_SAMPLES), np.float32)
+    mask = np.ones((len(frames), network.WATCH_SAMPLES), np.float32)
     mask[-1, :3] = 0
     heard = np.array([1.0] * (len(frames) - 1) + [0.0], np.float32)
     with torch.inference_mode():
@@ -104,14 +104,14 @@ def test_stages_equal_the_whole_model_on_raw_windows(model: BaseModel, engines: 
 
 def real_windows(path: Path) -> tuple[Array, Array]:
     """Windows of a real clip: uint8 ``[B, 8, 2, 160, 160, 3]``, float32 ``[B, 32000]``."""
-    clip = read_clip(path, base.WATCH_SIZE, base.WATCH_SIZE)
-    _, pairs = sample_pairs(clip, fps=base.WATCH_FPS, lookback_ns=base.LOOKBACK_NS)
-    starts = range(0, len(pairs) - base.WATCH_SAMPLES + 1, 4)
-    frames = np.stack([clip.images[pairs[start : start + base.WATCH_SAMPLES]] for start in starts])
+    clip = read_clip(path, network.WATCH_SIZE, network.WATCH_SIZE)
+    _, pairs = sample_pairs(clip, fps=network.WATCH_FPS, lookback_ns=network.LOOKBACK_NS)
+    starts = range(0, len(pairs) - network.WATCH_SAMPLES + 1, 4)
+    frames = np.stack([clip.images[pairs[start : start + network.WATCH_SAMPLES]] for start in starts])
     assert clip.audio is not None
-    audio = np.zeros((len(frames), base.AUDIO_SAMPLES), np.float32)
+    audio = np.zeros((len(frames), network.AUDIO_SAMPLES), np.float32)
     for row, start in zip(audio, starts, strict=True):
-        cut = clip.audio[start * 4_000 : start * 4_000 + base.AUDIO_SAMPLES]
+        cut = clip.audio[start * 4_000 : start * 4_000 + network.AUDIO_SAMPLES]
         row[: len(cut)] = cut
     return frames, audio
 

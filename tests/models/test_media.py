@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from engines.manifest import VideoInput
-from models import base
+from models.basepack import network
 from models.errors import DataError
 from models.media import NS_PER_S, pick_frames, read_audio, read_clip, read_image, sample_pairs
 from stream.accounting import Hop
@@ -20,7 +20,7 @@ from stream.windows import FrameTrack
 
 def service_choice(pts_ns: list[int], interval_ns: int, times_ns: list[int]) -> list[tuple[int, int]]:
     """What the service's windows pick, as frame numbers."""
-    video = VideoInput(width=8, height=8, fps=Fraction(base.WATCH_FPS), lookback_ns=base.LOOKBACK_NS)
+    video = VideoInput(width=8, height=8, fps=Fraction(network.WATCH_FPS), lookback_ns=network.LOOKBACK_NS)
     epoch = EpochStart(
         source_id="clip",
         epoch=0,
@@ -45,7 +45,7 @@ def service_choice(pts_ns: list[int], interval_ns: int, times_ns: list[int]) -> 
 def test_samples_are_those_of_the_service(data: Path, name: str) -> None:
     clip = read_clip(data / "actions" / "gmdcsa24" / name, 32, 32)
     assert len(set(np.diff(clip.pts_ns).tolist())) > 1, "the clip should have a variable frame rate"
-    times, pairs = sample_pairs(clip, fps=base.WATCH_FPS, lookback_ns=base.LOOKBACK_NS)
+    times, pairs = sample_pairs(clip, fps=network.WATCH_FPS, lookback_ns=network.LOOKBACK_NS)
     want = service_choice(clip.pts_ns.tolist(), clip.frame_interval_ns, times.tolist())
     assert [tuple(pair) for pair in pairs.tolist()] == want
 

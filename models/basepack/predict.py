@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.audio import compress
-from models.batches import (
+from models.basepack.batches import (
     MEL_FRAMES,
     MEL_RATE,
     NONE,
@@ -20,9 +20,9 @@ from models.batches import (
     service_windows,
     window_features,
 )
-from models.cache import Encoded
-from models.fusion import WindowHead
-from models.labels import ACTIONS, SOUNDS
+from models.basepack.cache import Encoded
+from models.basepack.labels import ACTIONS, SOUNDS
+from models.basepack.window import WindowHead
 from models.losses import IGNORE
 
 Floats = NDArray[np.float32]

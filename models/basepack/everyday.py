@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from models.base import Calibration
-from models.batches import service_windows
-from models.cache import Encoded
-from models.calibrate import sigmoid
-from models.fusion import WindowHead
-from models.labels import ACTIONS
-from models.predict import score_windows
+from models.basepack.batches import service_windows
+from models.basepack.cache import Encoded
+from models.basepack.calibrate import sigmoid
+from models.basepack.labels import ACTIONS
+from models.basepack.network import Calibration
+from models.basepack.predict import score_windows
+from models.basepack.window import WindowHead
 
 SMOOTHING = 0.6
 """Weight of the newest window."""

@@ -18,8 +18,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from models.data import Recording, Span
-from models.labels import ACTIONS
+from models.basepack.labels import ACTIONS
+from models.basepack.tables import Recording, Span
 
 POSITIVE, NEGATIVE, UNKNOWN = 1, 0, -1
 MIN_OVERLAP_S = 0.75

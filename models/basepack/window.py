@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.audio import EMBEDDING, AudioEncoder, LogMel
 from models.backbones.frame import FEATURES
-from models.labels import ACTIONS, SOUNDS
+from models.basepack.labels import ACTIONS, SOUNDS
 
 POOLED = 2 * FEATURES
 """Length of a window's video features: mean, then spread."""

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.action import minimise
 from models.audio import compress
-from models.batches import Window, window_features
+from models.basepack.action import minimise
+from models.basepack.batches import Window, window_features
 from models.losses import known_bce, known_cross_entropy
 
 Floats = NDArray[np.float32]

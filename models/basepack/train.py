@@ -20,25 +20,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models import baselines, data
-from models.action import fit_action, rescale
 from models.audio import compress
 from models.backbones.frame import EfficientNetLite0, imagenet_trunk
-from models.base import BaseModel, load_weights, save_weights
-from models.batches import LabelledMel, Mixer, calibration_windows, service_windows, training_windows
-from models.cache import PLAIN, Encoded, encode_all, encode_recording, encode_sound
-from models.calibrate import calibrate, label_scaling
-from models.config import TestGroups, TrainConfig, read_config
-from models.data import LabelledImage, Recording, Sound
-from models.evaluate import Metrics, Parts, cross_validated, evaluate
-from models.fit import Report, Stage, fit
-from models.frozen import FrozenEncoder, FrozenPyramid
-from models.fusion import WindowHead
-from models.heads import PyramidDecoder
+from models.basepack import baselines, tables
+from models.basepack.action import fit_action, rescale
+from models.basepack.batches import LabelledMel, Mixer, calibration_windows, service_windows, training_windows
+from models.basepack.cache import PLAIN, Encoded, encode_all, encode_recording, encode_sound
+from models.basepack.calibrate import calibrate, label_scaling
+from models.basepack.config import TestGroups, TrainConfig, read_config
+from models.basepack.evaluate import Metrics, Parts, cross_validated, evaluate
+from models.basepack.fit import Report, Stage, fit
+from models.basepack.frozen import FrozenEncoder, FrozenPyramid
+from models.basepack.network import BaseModel, load_weights, save_weights
+from models.basepack.predict import ActionScores, SoundScores, score_actions, score_sounds
+from models.basepack.scene_net import PyramidDecoder
+from models.basepack.scenes import VIEWS, EncodedScenes, class_weights, encode_scenes, scene_loss
+from models.basepack.tables import LabelledImage, Recording, Sound
+from models.basepack.window import WindowHead
 from models.losses import IGNORE, known_cross_entropy
-from models.predict import ActionScores, SoundScores, score_actions, score_sounds
 from models.progress import console_progress
-from models.scenes import VIEWS, EncodedScenes, class_weights, encode_scenes, scene_loss
 
 METRICS_FILE = "metrics.json"
 T = TypeVar("T")
@@ -73,11 +73,11 @@ def train(
 
 
 def _train(config: TrainConfig, report: Report) -> Metrics:
-    tables = read_tables(config)
+    read = read_tables(config)
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True)
     trunk = stored_trunk()
-    train_part, test_part = load_parts(config, tables, trunk, report)
+    train_part, test_part = load_parts(config, read, trunk, report)
 
     run = _sound_run(config)
     oof_actions, oof_sounds, oof_plain = cross_validate(config, train_part, run, report)
@@ -96,7 +96,7 @@ def _train(config: TrainConfig, report: Report) -> Metrics:
     # Measured as they are stored, in half precision, not as they were trained.
     stored, checksum = load_weights(config.out)
     encoder = FrozenEncoder(trunk, config.cache, config.threads)
-    everyday = [encode_recording(item, encoder, config.cache, (PLAIN,)) for item in data.everyday(config.data)]
+    everyday = [encode_recording(item, encoder, config.cache, (PLAIN,)) for item in tables.everyday(config.data)]
     metrics = {
         "weights_sha256": checksum,
         **evaluate(stored, calibration, train_part, test_part, everyday),
@@ -128,17 +128,17 @@ class Tables:
 def read_tables(config: TrainConfig) -> Tables:
     """Read and check every table before anything long begins. Raises ``DataError``."""
     return Tables(
-        recordings=_limited(data.recordings(config.data), config.limit, lambda r: r.dataset),
-        sounds=_limited(data.sounds(config.data), config.limit, lambda s: (s.label, s.fold)),
-        train_scenes=data.scenes(config.data, "train")[: config.limit],
-        val_scenes=data.scenes(config.data, "val")[: config.limit],
+        recordings=_limited(tables.recordings(config.data), config.limit, lambda r: r.dataset),
+        sounds=_limited(tables.sounds(config.data), config.limit, lambda s: (s.label, s.fold)),
+        train_scenes=tables.scenes(config.data, "train")[: config.limit],
+        val_scenes=tables.scenes(config.data, "val")[: config.limit],
     )
 
 
-def load_parts(config: TrainConfig, tables: Tables, trunk: EfficientNetLite0, report: Report) -> tuple[Parts, Parts]:
+def load_parts(config: TrainConfig, read: Tables, trunk: EfficientNetLite0, report: Report) -> tuple[Parts, Parts]:
     """All data, decoded, encoded and split. Raises ``DataError``."""
-    recordings, files = tables.recordings, tables.sounds
-    scenes = {"train": tables.train_scenes, "val": tables.val_scenes}
+    recordings, files = read.recordings, read.sounds
+    scenes = {"train": read.train_scenes, "val": read.val_scenes}
     encoder = FrozenEncoder(trunk, config.cache, config.threads)
     pyramid = FrozenPyramid(trunk, config.cache, config.threads)
     encoded = tuple(encode_all(recordings, encoder, config.cache, _counter(report, "encode video", len(recordings))))

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from models.audio import EMBEDDING, compress
 from models.backbones.frame import HEAD_CHANNELS
-from models.batches import Mixer
-from models.config import ActionFit
-from models.fusion import POOLED, WindowHead, pool
+from models.basepack.batches import Mixer
+from models.basepack.config import ActionFit
+from models.basepack.window import POOLED, WindowHead, pool
 from models.losses import known_bce
 
 BATCH = 64

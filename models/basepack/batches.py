@@ -11,17 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models import base
 from models.audio import MELS, SAMPLE_RATE, STEP
 from models.backbones.frame import FEATURES
-from models.cache import Encoded
-from models.labels import ACTIONS, SOUNDS
+from models.basepack import network
+from models.basepack.cache import Encoded
+from models.basepack.labels import ACTIONS, SOUNDS
+from models.basepack.targets import Targets, nothing_happens, window_targets
 from models.losses import IGNORE
-from models.targets import Targets, nothing_happens, window_targets
 
 MEL_RATE = SAMPLE_RATE // STEP
-MEL_FRAMES = base.AUDIO_SAMPLES // STEP
-WINDOW_S = base.WATCH_WINDOW_NS / 1e9
+MEL_FRAMES = network.AUDIO_SAMPLES // STEP
+WINDOW_S = network.WATCH_WINDOW_NS / 1e9
 MIN_PRESENT = 6
 """Samples a window must have, unless its recording is shorter."""
 NONE = SOUNDS.index("none")
@@ -48,7 +48,7 @@ class Window:
     @property
     def start_s(self) -> float:
         """Its start in the recording."""
-        return self.encoded.tracks[self.track].phase_s + self.first / base.WATCH_FPS
+        return self.encoded.tracks[self.track].phase_s + self.first / network.WATCH_FPS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,7 +100,7 @@ def training_windows(encoded: Encoded) -> list[Window]:
     found = []
     for track in range(len(encoded.tracks)):
         count = len(encoded.tracks[track].present)
-        found += _windows(encoded, track, range(MIN_PRESENT - base.WATCH_SAMPLES, max(1, count)))
+        found += _windows(encoded, track, range(MIN_PRESENT - network.WATCH_SAMPLES, max(1, count)))
     return found
 
 
@@ -110,8 +110,8 @@ def _windows(encoded: Encoded, track: int, firsts: range) -> list[Window]:
     phase_s = encoded.tracks[track].phase_s
     found = []
     for first in firsts:
-        if least and int(present[max(0, first) : max(0, first + base.WATCH_SAMPLES)].sum()) >= least:
-            start_s = phase_s + first / base.WATCH_FPS
+        if least and int(present[max(0, first) : max(0, first + network.WATCH_SAMPLES)].sum()) >= least:
+            start_s = phase_s + first / network.WATCH_FPS
             targets = window_targets(encoded.recording, start_s, start_s + WINDOW_S)
             found.append(Window(encoded, track, first, targets))
     return found
@@ -120,9 +120,9 @@ def _windows(encoded: Encoded, track: int, firsts: range) -> list[Window]:
 def window_features(window: Window) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Features float32 ``[8, 2560]`` and mask float32 ``[8]``."""
     track = window.encoded.tracks[window.track]
-    features = np.zeros((base.WATCH_SAMPLES, FEATURES), np.float32)
-    mask = np.zeros(base.WATCH_SAMPLES, np.float32)
-    begin, end = max(0, window.first), min(len(track.present), window.first + base.WATCH_SAMPLES)
+    features = np.zeros((network.WATCH_SAMPLES, FEATURES), np.float32)
+    mask = np.zeros(network.WATCH_SAMPLES, np.float32)
+    begin, end = max(0, window.first), min(len(track.present), window.first + network.WATCH_SAMPLES)
     features[begin - window.first : end - window.first] = track.features[begin:end]
     mask[begin - window.first : end - window.first] = track.present[begin:end]
     return features, mask

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from models import data as tables
-from models.config import read_config
-from models.data import Recording, Span, timed_spans
+from models.basepack import tables
+from models.basepack.config import read_config
+from models.basepack.labels import ACTIONS
+from models.basepack.tables import Recording, Span, timed_spans
+from models.basepack.targets import Targets, window_targets
+from models.basepack.train import fold_of, is_test, train
 from models.errors import ConfigError, DataError
-from models.labels import ACTIONS
-from models.targets import Targets, window_targets
-from models.train import fold_of, is_test, train
 
-CONFIG = Path(__file__).parents[2] / "models" / "configs" / "base.yaml"
+CONFIG = Path(__file__).parents[3] / "models" / "configs" / "base.yaml"
 
 
 def says(targets: Targets, label: str) -> int:

@@ -9,21 +9,29 @@ import numpy as np
 import pytest
 import torch
 
-from models import baselines
-from models.batches import MEL_FRAMES, LabelledMel, Mixer, cut_mel, service_windows, training_windows, window_features
-from models.cache import Encoded
-from models.calibrate import HIGHEST_ON, threshold
-from models.config import Schedule, TrainConfig, read_config
+from models.basepack import baselines
+from models.basepack.batches import (
+    MEL_FRAMES,
+    LabelledMel,
+    Mixer,
+    cut_mel,
+    service_windows,
+    training_windows,
+    window_features,
+)
+from models.basepack.cache import Encoded
+from models.basepack.calibrate import HIGHEST_ON, threshold
+from models.basepack.config import Schedule, TrainConfig, read_config
+from models.basepack.everyday import events_started
+from models.basepack.labels import ACTIONS, SCENE, SOUNDS, VOID
+from models.basepack.predict import score_actions, score_sounds
+from models.basepack.scenes import class_weights, confusion, prior_masks, scene_metrics
+from models.basepack.train import fit_window
 from models.errors import WeightsError
-from models.everyday import events_started
-from models.labels import ACTIONS, SCENE, SOUNDS, VOID
 from models.losses import IGNORE, known_bce, known_cross_entropy
 from models.metrics import auroc, average_precision, balanced_accuracy
-from models.predict import score_actions, score_sounds
-from models.scenes import class_weights, confusion, prior_masks, scene_metrics
-from models.train import fit_window
 
-CONFIG = Path(__file__).parents[2] / "models" / "configs" / "base.yaml"
+CONFIG = Path(__file__).parents[3] / "models" / "configs" / "base.yaml"
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from models.audio import LogMel, compress, mel_filters
 from models.backbones.frame import FEATURES, PYRAMID, imagenet_trunk
-from models.base import BaseModel, Calibration, load_weights, save_weights
+from models.basepack.labels import ACTIONS, SCENE, SOUNDS
+from models.basepack.network import BaseModel, Calibration, load_weights, save_weights
+from models.basepack.window import OUTPUTS
 from models.errors import WeightsError
-from models.fusion import OUTPUTS
-from models.labels import ACTIONS, SCENE, SOUNDS
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -138,7 +138,7 @@ def test_weights_survive_storage(tmp_path: Path) -> None:
 
 
 def test_shipped_weights_are_small_enough() -> None:
-    folder = Path(__file__).parents[2] / "models" / "weights" / "base"
+    folder = Path(__file__).parents[3] / "models" / "weights" / "base"
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 12_000_000
 
 

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models import baselines
-from models.base import BaseModel, Calibration
-from models.batches import NONE, LabelledMel, service_windows
-from models.cache import Encoded
-from models.calibrate import sigmoid, softmax
-from models.everyday import everyday_metrics
-from models.labels import ACTIONS, SOUNDS
+from models.basepack import baselines
+from models.basepack.batches import NONE, LabelledMel, service_windows
+from models.basepack.cache import Encoded
+from models.basepack.calibrate import sigmoid, softmax
+from models.basepack.everyday import everyday_metrics
+from models.basepack.labels import ACTIONS, SOUNDS
+from models.basepack.network import BaseModel, Calibration
+from models.basepack.predict import ActionScores, score_actions, score_sounds, sound_windows
+from models.basepack.scenes import EncodedScenes, confusion, predict_masks, prior_masks, scene_metrics
 from models.metrics import balanced_accuracy, clip_means, label_metrics, mean_of
-from models.predict import ActionScores, score_actions, score_sounds, sound_windows
-from models.scenes import EncodedScenes, confusion, predict_masks, prior_masks, scene_metrics
 
 Metrics = dict[str, Any]
 LABELLED = ("fights", "gmdcsa24", "ut-interaction", "weizmann", "street")

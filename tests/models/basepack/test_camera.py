@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from models.camera import CameraPath, draw_path, film, still_clip
+from models.basepack.camera import CameraPath, draw_path, film, still_clip
 
 STEADY = CameraPath((0.0, 0.0), (0.0, 0.0), 0.0, 0.0, 1.0, 0.0, 1.0, float("inf"))
 TIMES = np.arange(0, 2_000_000_000, 40_000_000)

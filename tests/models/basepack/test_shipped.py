@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from models import data as tables
-from models.base import BaseModel, Calibration
-from models.batches import LabelledMel
-from models.cache import PLAIN, encode_recording, encode_sound
-from models.config import read_config
-from models.evaluate import by_recording
-from models.everyday import everyday_metrics
-from models.frozen import FrozenEncoder, FrozenPyramid
-from models.labels import ACTIONS
-from models.predict import score_actions, score_sounds
-from models.scenes import confusion, encode_scenes, predict_masks, scene_metrics
-from models.train import is_test
+from models.basepack import tables
+from models.basepack.batches import LabelledMel
+from models.basepack.cache import PLAIN, encode_recording, encode_sound
+from models.basepack.config import read_config
+from models.basepack.evaluate import by_recording
+from models.basepack.everyday import everyday_metrics
+from models.basepack.frozen import FrozenEncoder, FrozenPyramid
+from models.basepack.labels import ACTIONS
+from models.basepack.network import BaseModel, Calibration
+from models.basepack.predict import score_actions, score_sounds
+from models.basepack.scenes import confusion, encode_scenes, predict_masks, scene_metrics
+from models.basepack.train import is_test
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 WEIGHTS = ROOT / "models" / "weights" / "base"
 
 

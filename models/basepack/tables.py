@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from models.basepack.labels import SOUNDS
 from models.errors import DataError
-from models.labels import SOUNDS
 
 Row = dict[str, str]
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbones.frame import PYRAMID, EfficientNetLite0
-from models.labels import SCENE
+from models.basepack.labels import SCENE
 
 WIDTH = 64
 

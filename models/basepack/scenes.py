@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from models import base
-from models.cache import recolour
-from models.data import LabelledImage
+from models.basepack import network
+from models.basepack.cache import recolour
+from models.basepack.frozen import FrozenPyramid
+from models.basepack.labels import SCENE, VOID
+from models.basepack.scene_net import PyramidDecoder
+from models.basepack.tables import LabelledImage
 from models.errors import DataError
-from models.frozen import FrozenPyramid
-from models.heads import PyramidDecoder
-from models.labels import SCENE, VOID
 from models.media import Images, read_image
 
 VIEWS = 4
@@ -60,7 +60,7 @@ def encode_scenes(
 
 def view(item: LabelledImage, number: int, random: np.random.Generator) -> tuple[Images, Mask]:
     """One view of a picture and its mask at the size served: 0 plain, 1 mirrored, others cropped and recoloured."""
-    width, height = base.SCENE_WIDTH, base.SCENE_HEIGHT
+    width, height = network.SCENE_WIDTH, network.SCENE_HEIGHT
     if number >= 2:
         zoom = random.uniform(1.0, 1.5)
         width, height = round(width * zoom), round(height * zoom)
@@ -68,9 +68,9 @@ def view(item: LabelledImage, number: int, random: np.random.Generator) -> tuple
     mask = read_image(item.mask, width, height, indices=True)
     if mask.max() > VOID:
         raise DataError(f"{item.mask} holds class {mask.max()}, over {VOID}; get the data again")
-    left = int(random.integers(0, width - base.SCENE_WIDTH + 1))
-    top = int(random.integers(0, height - base.SCENE_HEIGHT + 1))
-    rows, columns = slice(top, top + base.SCENE_HEIGHT), slice(left, left + base.SCENE_WIDTH)
+    left = int(random.integers(0, width - network.SCENE_WIDTH + 1))
+    top = int(random.integers(0, height - network.SCENE_HEIGHT + 1))
+    rows, columns = slice(top, top + network.SCENE_HEIGHT), slice(left, left + network.SCENE_WIDTH)
     picture, mask = picture[rows, columns], mask[rows, columns]
     if number >= 2:
         picture = recolour(picture[None], random)[0]

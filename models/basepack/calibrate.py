@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.base import Calibration
-from models.labels import ACTIONS, SOUNDS
+from models.basepack.labels import ACTIONS, SOUNDS
+from models.basepack.network import Calibration
+from models.basepack.predict import ActionScores, SoundScores
 from models.losses import known_cross_entropy
-from models.predict import ActionScores, SoundScores
 
 MAX_FALSE_RATE = 0.01
 """Share of the windows without an action that may lie over its threshold, in all and in each kind of ordinary video."""

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.config import Schedule
+from models.basepack.config import Schedule
 from models.errors import WeightsError
 
 WARMUP = 0.05

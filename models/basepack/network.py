@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.backbones.frame import EfficientNetLite0, FrameEncoder
+from models.basepack.labels import ACTIONS, SCENE, SOUNDS
+from models.basepack.scene_net import PyramidDecoder, SceneSegmenter
+from models.basepack.window import WindowHead
 from models.errors import WeightsError
-from models.fusion import WindowHead
-from models.heads import PyramidDecoder, SceneSegmenter
-from models.labels import ACTIONS, SCENE, SOUNDS
 
 WEIGHTS_FILE = "base.safetensors"
 CALIBRATION_FILE = "base.json"

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models import base
 from models.backbones.frame import FEATURES, EfficientNetLite0, FrameEncoder
+from models.basepack import network
 
 BATCH = 8
 Floats = NDArray[np.float32]
@@ -26,7 +26,7 @@ class FrozenEncoder:
 
     def __init__(self, trunk: EfficientNetLite0, folder: Path, threads: int = 2) -> None:
         self.checksum = checksum(trunk)
-        example = torch.zeros(2, 2, base.WATCH_SIZE, base.WATCH_SIZE, 3, dtype=torch.uint8)
+        example = torch.zeros(2, 2, network.WATCH_SIZE, network.WATCH_SIZE, 3, dtype=torch.uint8)
         path = folder / f"encoder-{self.checksum}.onnx"
         self._session = _session(FrameEncoder(trunk), example, path, threads)
 
@@ -41,7 +41,7 @@ class FrozenPyramid:
     """The maps that the segmentation decoder reads; the same numbers as ``EfficientNetLite0.pyramid``."""
 
     def __init__(self, trunk: EfficientNetLite0, folder: Path, threads: int = 2) -> None:
-        example = torch.zeros(2, base.SCENE_HEIGHT, base.SCENE_WIDTH, 3, dtype=torch.uint8)
+        example = torch.zeros(2, network.SCENE_HEIGHT, network.SCENE_WIDTH, 3, dtype=torch.uint8)
         self._session = _session(_Pyramid(trunk), example, folder / f"pyramid-{checksum(trunk)}.onnx", threads)
 
     def encode(self, frames: NDArray[np.uint8]) -> Sequence[Floats]:
