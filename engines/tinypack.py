@@ -166,7 +166,7 @@ def _write_graph(folder: Path, name: str, text: str) -> GraphSpec:
         import onnx
         import onnx.parser
     except ImportError as error:
-        raise BackendUnavailable("writing the tiny pack needs onnx; pip install 'sightwire[train]'") from error
+        raise BackendUnavailable("writing the tiny pack needs onnx; pip install 'sightwire[export]'") from error
     model = onnx.parser.parse_model(text)
     onnx.checker.check_model(model)
     path = folder / f"{name}.onnx"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from models.basepack.fit import Report
+Report = Callable[[str, int, int, float | None], None]
+"""Told stage, steps done, steps in all, and the mean loss of late; ``None`` where there is none."""
 
 
 @contextmanager

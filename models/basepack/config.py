@@ -5,21 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from models.errors import ConfigError
-
-Positive = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(gt=0, le=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+from models import config
+from models.config import Positive, Rate, Share, Strict
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Schedule(_Strict):
+class Schedule(Strict):
     """One optimisation: AdamW under a cosine after a short linear rise."""
 
     steps: Positive
@@ -32,7 +24,7 @@ class Schedule(_Strict):
     """Decoupled (Loshchilov and Hutter, ICLR 2019)."""
 
 
-class ActionFit(_Strict):
+class ActionFit(Strict):
     """The linear action head: full-batch logistic regression with an L2 penalty, so nothing is random."""
 
     penalty: Annotated[float, Field(gt=0)]
@@ -45,7 +37,7 @@ class ActionFit(_Strict):
     """Of L-BFGS, at the most."""
 
 
-class TestGroups(_Strict):
+class TestGroups(Strict):
     """Groups that no shipped weight, threshold or temperature has seen."""
 
     __test__ = False
@@ -61,7 +53,7 @@ class TestGroups(_Strict):
     """Folds."""
 
 
-class TrainConfig(_Strict):
+class TrainConfig(Strict):
     """Everything a run depends on, but for the data."""
 
     data: Path
@@ -94,17 +86,4 @@ class TrainConfig(_Strict):
 
 def read_config(path: Path) -> TrainConfig:
     """Read a configuration. Raises ``ConfigError`` naming the file and the key."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no configuration at {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
-    try:
-        return TrainConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "configuration"
-        raise ConfigError(f"{path}: {key}: {first['msg']}") from error
+    return config.read_config(path, TrainConfig)

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from models.basepack.config import Schedule
 from models.errors import WeightsError
+from models.progress import Report
 
 WARMUP = 0.05
 SAVE_EVERY = 100
-Report = Callable[[str, int, int, float | None], None]
-"""Told stage, steps done, steps in all, and the mean loss of late; ``None`` where there is none."""
 StepLoss = Callable[[np.random.Generator], Tensor]
 """The loss of one batch, drawn with the generator it is given."""
 

@@ -29,7 +29,7 @@ from models.basepack.cache import PLAIN, Encoded, encode_all, encode_recording, 
 from models.basepack.calibrate import calibrate, label_scaling
 from models.basepack.config import TestGroups, TrainConfig, read_config
 from models.basepack.evaluate import Metrics, Parts, cross_validated, evaluate
-from models.basepack.fit import Report, Stage, fit
+from models.basepack.fit import Stage, fit
 from models.basepack.frozen import FrozenEncoder, FrozenPyramid
 from models.basepack.network import BaseModel, load_weights, save_weights
 from models.basepack.predict import ActionScores, SoundScores, score_actions, score_sounds
@@ -38,7 +38,7 @@ from models.basepack.scenes import VIEWS, EncodedScenes, class_weights, encode_s
 from models.basepack.tables import LabelledImage, Recording, Sound
 from models.basepack.window import WindowHead
 from models.losses import IGNORE, known_cross_entropy
-from models.progress import console_progress
+from models.progress import Report, console_progress
 
 METRICS_FILE = "metrics.json"
 T = TypeVar("T")
