@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -56,6 +56,8 @@ class TestGroups(Strict):
 class TrainConfig(Strict):
     """Everything a run depends on, but for the data."""
 
+    recipe: Literal["base"] = "base"
+    """Tells this configuration from those of ``models.train``."""
     data: Path
     """Folder of the training data."""
     cache: Path = Path(".sightwire/cache")
