@@ -156,6 +156,12 @@ class DataConfig(Strict):
     """Of the windows that a longer span is cut into."""
     cache: Path = Path(".sightwire/cache")
     """Decoded clips, features; may be deleted at any time."""
+    cache_gb: Annotated[float, Field(gt=0)] = 50.0
+    """Largest size of the cache; what was not used for longest goes first."""
+    feature_variants: Annotated[int, Field(ge=1, le=64)] = 4
+    """With a frozen frame backbone: how many randomly changed views of each training window are encoded and kept."""
+    skip_broken: bool = False
+    """Leave files that cannot be decoded out, and count them, instead of ending with an error."""
     workers: Annotated[int, Field(ge=0, le=64)] = 0
     augment: AugmentConfig = AugmentConfig()
 
