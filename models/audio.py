@@ -90,10 +90,55 @@ class AudioEncoder(nn.Module):
 
     def forward(self, spectrogram: Tensor) -> Tensor:
         """float32 ``[B, MELS, frames]`` to ``[B, EMBEDDING]``."""
-        x = self.blocks(self.stem(spectrogram[:, None])).mean(dim=2)
+        return self.summarise(self.over_time(spectrogram))
+
+    def over_time(self, spectrogram: Tensor) -> Tensor:
+        """float32 ``[B, MELS, frames]`` to maps without frequency, ``[B, widths[-1], frames / 16]`` by default."""
+        maps: Tensor = self.blocks(self.stem(spectrogram[:, None])).mean(dim=2)
+        return maps
+
+    def summarise(self, maps: Tensor) -> Tensor:
+        """Maps as ``over_time`` gives them to ``[B, EMBEDDING]``."""
         # The mean hears rain, the maximum a sneeze.
-        embedding: Tensor = self.project(torch.cat([x.mean(dim=2), x.amax(dim=2)], dim=1))
+        embedding: Tensor = self.project(torch.cat([maps.mean(dim=2), maps.amax(dim=2)], dim=1))
         return embedding
+
+
+class SpecAugment(nn.Module):
+    """Masks a stretch of time and a band of mel in training (Park et al., Interspeech 2019).
+
+    ``chance`` is that of each sample. What is masked takes the sample's mean, which says least.
+    """
+
+    TIME = 0.3
+    """Longest stretch, as a share of the window."""
+    BAND = 0.25
+    """Widest band, as a share of the mels."""
+
+    def __init__(self, chance: float) -> None:
+        super().__init__()
+        self.chance = chance
+
+    def forward(self, spectrogram: Tensor) -> Tensor:
+        """float32 ``[B, MELS, frames]`` to the same shape; in evaluation mode unchanged."""
+        if not self.training or self.chance == 0.0:
+            return spectrogram
+        batch, mels, frames = spectrogram.shape
+        device = spectrogram.device
+        hidden = (
+            _stretch(batch, mels, self.BAND, device)[:, :, None] | _stretch(batch, frames, self.TIME, device)[:, None]
+        )
+        chosen = torch.rand(batch, device=device) < self.chance
+        mean = spectrogram.mean(dim=(1, 2), keepdim=True)
+        return torch.where(hidden & chosen[:, None, None], mean, spectrogram)
+
+
+def _stretch(batch: int, length: int, share: float, device: torch.device) -> Tensor:
+    """bool ``[batch, length]``: in each row one stretch of random place and of random length up to a share."""
+    extent = torch.rand(batch, 1, device=device) * share * length
+    start = torch.rand(batch, 1, device=device) * (length - extent)
+    at = torch.arange(length, device=device)
+    return (at >= start) & (at < start + extent)
 
 
 def mel_filters() -> NDArray[np.float32]:

@@ -6,55 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models import heads
 from models.backbones.frame import PYRAMID, EfficientNetLite0
 from models.basepack.labels import SCENE
 
-WIDTH = 64
 
-
-class SeparableConv(nn.Module):
-    """Depthwise 3x3 and pointwise convolution with batch normalisation."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
-            nn.Conv2d(channels, channels, 1, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(inplace=True),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """float32 ``[B, C, H, W]`` to the same shape."""
-        out: Tensor = self.layers(x)
-        return out
-
-
-class PyramidDecoder(nn.Module):
-    """Maps at strides 4 to 32 to class logits at stride 4 (Lin et al., CVPR 2017; Kirillov et al., CVPR 2019)."""
+class PyramidDecoder(heads.PyramidDecoder):
+    """The general decoder for the trunk's maps and the base pack's classes."""
 
     def __init__(self, dropout: float = 0.1) -> None:
-        super().__init__()
-        self.lateral = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(channels, WIDTH, 1, bias=False), nn.BatchNorm2d(WIDTH))
-            for channels in PYRAMID.values()
-        )
-        self.context = nn.Conv2d(PYRAMID[6], WIDTH, 1)
-        self.smooth = nn.ModuleList(SeparableConv(WIDTH) for _ in PYRAMID)
-        self.refine = SeparableConv(WIDTH)
-        self.drop = nn.Dropout2d(dropout)
-        self.classify = nn.Conv2d(WIDTH, len(SCENE), 1)
-
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        """Four maps, finest first, to float32 logits ``[B, 11, H/4, W/4]``."""
-        x = torch.relu(self.context(maps[-1].mean(dim=(2, 3), keepdim=True)))
-        for level in range(len(maps) - 1, -1, -1):
-            side = self.lateral[level](maps[level])
-            if level < len(maps) - 1:
-                x = F.interpolate(x, size=side.shape[2:], mode="bilinear", align_corners=False)
-            x = self.smooth[level](torch.relu(side + x))
-        logits: Tensor = self.classify(self.drop(self.refine(x)))
-        return logits
+        super().__init__(PYRAMID.values(), len(SCENE), dropout)
 
 
 class SceneSegmenter(nn.Module):
