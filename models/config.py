@@ -59,6 +59,12 @@ class TextConfig(Strict):
     heads: Positive = 4
     dropout: Share = 0.1
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
 
 class FusionConfig(Strict):
     """How modalities become one vector."""
