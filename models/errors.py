@@ -17,3 +17,7 @@ class DataError(ModelError):
 
 class WeightsError(ModelError):
     """A weights file is absent or is not of this architecture."""
+
+
+class TrainingError(ModelError):
+    """Training cannot go on (no number for a loss, a full disk); says what to do and what is kept."""
