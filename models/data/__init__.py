@@ -1,0 +1,1 @@
+"""Manifests, and the windows that networks are trained and judged on."""
