@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import combinations
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
 from models.losses import info_nce
-from models.types import MODALITIES, Inputs, ModalityName, Targets
+from models.types import Inputs, Targets
 
 START_TEMPERATURE = 0.07
 MAX_SCALE = 100.0
@@ -25,18 +26,18 @@ class Contrast(nn.Module):
         super().__init__()
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / START_TEMPERATURE)))
 
-    def forward(self, embeddings: dict[ModalityName, Tensor], same: Tensor) -> Tensor:
+    def forward(self, embeddings: Mapping[str, Tensor], same: Tensor) -> Tensor:
         """Mean over the pairs of modalities that at least two rows have; zero, but of the graph, without any.
 
         ``embeddings`` by modality float32 ``[B, E]`` of unit length, zeros where the modality is absent; ``same``
         int64 ``[B, K]``, a number for each of K senses in which rows may be alike: rows that share one that is not
-        negative are no rivals. Every process must call with the same shapes, and gets the loss of all rows.
+        negative are no rivals. Every process must call with the same names and shapes, and gets the loss of all rows.
         """
         # A parameter beyond its bounds has no gradient, so the parameter itself is held inside them.
         with torch.no_grad():
             self.log_scale.clamp_(0.0, math.log(MAX_SCALE))
         scale = self.log_scale.exp()
-        rows = {name: gather_rows(embeddings[name]) for name in MODALITIES if name in embeddings}
+        rows = {name: gather_rows(value) for name, value in embeddings.items()}
         alike = same_rows(gather_rows(same))
         # Sums in bfloat16 would blur the nearest rivals.
         with torch.autocast(alike.device.type, enabled=False):

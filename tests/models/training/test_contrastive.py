@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from models.contrastive import MAX_SCALE, START_TEMPERATURE, Contrast, likeness, same_rows
 from models.losses import info_nce
-from models.types import Inputs, ModalityName, Targets
+from models.types import Inputs, Targets
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -31,8 +31,7 @@ def test_mean_over_the_pairs_that_rows_have() -> None:
     video, audio, text = _unit(6, 0), _unit(6, 1), _unit(6, 2)
     audio[:3] = 0.0  # Three windows have no sound.
     text[:] = 0.0  # None has text.
-    embeddings: dict[ModalityName, torch.Tensor] = {"video": video, "audio": audio, "text": text}
-    got = Contrast()(embeddings, _distinct(6))
+    got = Contrast()({"video": video, "audio": audio, "text": text}, _distinct(6))
     assert torch.allclose(got, info_nce(video[3:], audio[3:], 1 / START_TEMPERATURE), atol=1e-5)
 
 
