@@ -29,7 +29,7 @@ import hashlib
 from enum import StrEnum
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
@@ -83,14 +83,63 @@ class TensorSpec(_Strict):
     shape: tuple[int | str, ...]
 
 
+class GraphFile(_Strict):
+    """An ONNX file of the pack."""
+
+    file: FileName
+    sha256: Sha256
+
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+Variant = Literal["fp16", "int8", "int8_symmetric"]
+"""A graph converted to another precision: ``int8`` as CPUs like it, ``int8_symmetric`` as TensorRT does."""
+_VARIANTS: dict[tuple[str, str], Variant] = {
+    ("onnxruntime", "fp16"): "fp16",
+    ("onnxruntime", "int8"): "int8",
+    ("openvino", "int8"): "int8",
+    ("tensorrt", "fp16"): "fp16",
+    ("tensorrt", "int8"): "int8_symmetric",
+}
+
+
+def variant_for(backend: str, precision: str) -> Variant | None:
+    """The variant that a backend runs at a precision; ``None`` where it makes do with the graph itself."""
+    return _VARIANTS.get((backend, precision))
+
+
+class BatchProfile(_Strict):
+    """Batch sizes that an engine with fixed profiles is compiled for: it takes none outside, and is best at one."""
+
+    smallest: Annotated[int, Field(ge=1)] = 1
+    usual: Annotated[int, Field(ge=1)] = 8
+    largest: Annotated[int, Field(ge=1, le=4096)] = 64
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.smallest <= self.usual <= self.largest:
+            raise ValueError(f"batch sizes {self.smallest}, {self.usual}, {self.largest} do not ascend")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.smallest}-{self.usual}-{self.largest}"
+
+
 class GraphSpec(_Strict):
-    """One ONNX file of the pack."""
+    """One graph of the pack: an ONNX file in fp32, and what it was converted to."""
 
     name: Name
     file: FileName
     sha256: Sha256
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    variants: dict[Variant, GraphFile] = {}
+    batch: BatchProfile = BatchProfile()
+
+    def artifact(self, backend: str, precision: str) -> GraphFile | None:
+        """The file that a backend runs at a precision; ``None`` when the pack has none."""
+        variant = variant_for(backend, precision)
+        return GraphFile(file=self.file, sha256=self.sha256) if variant is None else self.variants.get(variant)
 
 
 class VideoInput(_Strict):
@@ -208,6 +257,10 @@ class Branch(_Strict):
         return self
 
 
+DEFAULT_BOUNDS: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.15, "int8": 0.2}
+"""Bounds that separate rounding from a fault, measured: docs/decisions/0006-precisions.md."""
+
+
 class Manifest(_Strict):
     """``manifest.json`` of a pack."""
 
@@ -220,8 +273,9 @@ class Manifest(_Strict):
     description: str = ""
     graphs: tuple[GraphSpec, ...] = Field(min_length=1)
     branches: tuple[Branch, ...] = Field(min_length=1)
-    parity_bounds: dict[Literal["fp32", "fp16", "bf16", "int8"], float] = {"fp32": 1e-3}
-    """Largest absolute difference from PyTorch that an engine of each precision may show on any float output."""
+    parity_bounds: dict[Precision, float] = DEFAULT_BOUNDS
+    """How far an engine may be from PyTorch on any float output, by precision: in fp32 the largest absolute
+    difference, in the others the root mean square difference in standard deviations of the output."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -286,11 +340,16 @@ def file_sha256(path: Path) -> str:
 def check_integrity(folder: Path, manifest: Manifest) -> None:
     """Raise ``PackIntegrityError`` unless every graph file is there with the hash of the manifest."""
     for graph in manifest.graphs:
-        path = folder / graph.file
-        if not path.is_file():
-            raise PackIntegrityError(f"pack {manifest.name}: {graph.file} is missing; export the pack again")
-        if file_sha256(path) != graph.sha256:
-            raise PackIntegrityError(
-                f"pack {manifest.name}: {graph.file} is not the file the manifest describes "
-                "(sha256 differs); export the pack again"
-            )
+        for item in (GraphFile(file=graph.file, sha256=graph.sha256), *graph.variants.values()):
+            check_file(folder, manifest.name, item)
+
+
+def check_file(folder: Path, pack: str, item: GraphFile) -> None:
+    """Raise ``PackIntegrityError`` unless the file is there with its hash."""
+    path = folder / item.file
+    if not path.is_file():
+        raise PackIntegrityError(f"pack {pack}: {item.file} is missing; export the pack again")
+    if file_sha256(path) != item.sha256:
+        raise PackIntegrityError(
+            f"pack {pack}: {item.file} is not the file the manifest describes (sha256 differs); export the pack again"
+        )

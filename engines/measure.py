@@ -11,7 +11,7 @@ from engines.checks import describe
 from engines.errors import ManifestError
 from engines.manifest import GraphSpec, HeadKind, Manifest
 from engines.parity import BatchLatency, GraphParity, OutputParity, within_bounds
-from engines.types import Array, Engine, Tensors
+from engines.types import Array, Engine, EngineSpec, Tensors
 
 Reference = Callable[[Tensors], Mapping[str, Array]]
 """What an engine is compared with: the same tensors in, the same tensors out."""
@@ -45,7 +45,7 @@ def measure(
     )
     return GraphParity(
         graph=spec.graph,
-        onnx_sha256=manifest.graph(spec.graph).sha256,
+        onnx_sha256=_measured_file(manifest, spec),
         backend=spec.backend,
         backend_version=backend_version,
         device=spec.device,
@@ -56,6 +56,16 @@ def measure(
         latency=tuple(time_batch(engine, repeat_to(inputs[0], size)) for size in batch_sizes),
         passed=within_bounds(manifest, spec.precision, outputs) is None,
     )
+
+
+def _measured_file(manifest: Manifest, spec: EngineSpec) -> str:
+    file = manifest.graph(spec.graph).artifact(spec.backend, spec.precision)
+    if file is None:
+        raise ManifestError(
+            f"pack {manifest.name}: graph {spec.graph} has no {spec.precision} file for {spec.backend}; "
+            "compile the pack for it"
+        )
+    return file.sha256
 
 
 def compare(name: str, want: Array, got: Array, *, logits: bool = False) -> OutputParity:
@@ -73,8 +83,13 @@ def compare(name: str, want: Array, got: Array, *, logits: bool = False) -> Outp
         return OutputParity(tensor=name, mask_agreement=float((want == got).mean()), mask_iou=mean_iou(want, got))
     error = np.abs(want.astype(np.float64) - got.astype(np.float64))
     top1 = float((want.argmax(axis=-1) == got.argmax(axis=-1)).mean()) if logits else None
+    rms, spread = float(np.sqrt(np.mean(error**2))), float(want.std(dtype=np.float64))
     return OutputParity(
-        tensor=name, max_abs_error=float(error.max()), mean_abs_error=float(error.mean()), top1_agreement=top1
+        tensor=name,
+        max_abs_error=float(error.max()),
+        mean_abs_error=float(error.mean()),
+        relative_error=rms / spread if spread > 0 else rms,
+        top1_agreement=top1,
     )
 
 

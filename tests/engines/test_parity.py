@@ -101,7 +101,11 @@ def test_compare_measures_what_it_says() -> None:
     want = np.array([[0.0, 1.0], [3.0, 2.0]], np.float32)
     got = np.array([[0.0, 1.5], [1.0, 2.0]], np.float32)
     assert compare("x", want, got, logits=True) == OutputParity(
-        tensor="x", max_abs_error=2.0, mean_abs_error=0.625, top1_agreement=0.5
+        tensor="x",
+        max_abs_error=2.0,
+        mean_abs_error=0.625,
+        relative_error=pytest.approx(np.sqrt(4.25 / 4) / np.sqrt(1.25)),
+        top1_agreement=0.5,
     )
     mask = np.array([[[0, 0, 1, 1]]], np.uint8)
     other = np.array([[[0, 1, 1, 1]]], np.uint8)
