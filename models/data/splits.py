@@ -11,6 +11,7 @@ from models.data.manifest import Row
 from models.errors import DataError
 
 Counts = NDArray[np.float64]
+_TRIES = 32
 
 
 def split_by_group(rows: Sequence[Row], val_share: float, seed: int, *, independent: bool = False) -> tuple[Row, ...]:
@@ -91,22 +92,26 @@ def _groups(rows: Sequence[Row], independent: bool) -> tuple[list[str], Counts]:
 
 
 def _choose(counts: Counts, free: NDArray[np.bool_], share: float, random: np.random.Generator) -> list[int]:
-    """Groups for validation: each step takes the one that brings every label's share nearest to what is wanted."""
-    order = random.permutation(len(counts))
-    counts, free = counts[order], free[order]
-    total = counts.sum(axis=0)
-    weight = 1.0 / np.maximum(total, 1.0)
-    taken = np.zeros_like(total)
+    """Groups for validation: of several random orders the one that brings every label nearest to its share.
+
+    Taking the best group at each step would take the largest: few groups, and intervals as wide as they are few.
+    """
+    wanted = share * counts.sum(axis=0)
+    weight = 1.0 / np.maximum(counts.sum(axis=0), 1.0)
+    tries = [_greedy(counts, free, wanted, weight, random.permutation(len(counts))) for _ in range(_TRIES)]
+    return min(tries, key=lambda chosen: float((wanted - counts[chosen].sum(axis=0)) ** 2 @ weight))
+
+
+def _greedy(
+    counts: Counts, free: NDArray[np.bool_], wanted: Counts, weight: Counts, order: NDArray[np.int64]
+) -> list[int]:
+    """Groups in that order as long as they bring labels nearer to their share; at least one, where one is free."""
+    left, gap = counts.sum(axis=0), wanted.copy()
     chosen: list[int] = []
-    while True:
-        left = total - taken
-        stays = ((left - counts > 0) | (counts == 0)).all(axis=1)
-        gap = share * total - taken
-        gain = ((gap**2) - (gap - counts) ** 2) @ weight
-        gain[~(free & stays)] = -np.inf
-        best = int(np.argmax(gain)) if len(gain) else 0
-        if not len(gain) or np.isneginf(gain[best]) or (chosen and gain[best] <= 0):
-            return [int(order[n]) for n in chosen]
-        free[best] = False
-        taken += counts[best]
-        chosen.append(best)
+    for group in order.tolist():
+        spared = free[group] and bool(((left - counts[group] > 0) | (counts[group] == 0)).all())
+        gain = (gap**2 - (gap - counts[group]) ** 2) @ weight
+        if spared and (gain > 0 or not chosen):
+            chosen.append(group)
+            left, gap = left - counts[group], gap - counts[group]
+    return chosen
