@@ -14,7 +14,8 @@ from engines.backends import EngineOptions
 from engines.manifest import MANIFEST_FILE, HeadKind, Mode, check_integrity, read_manifest
 from engines.measure import random_batch
 from engines.types import Array, Engine
-from export.onnx import ExportError, GraphToExport, base_graphs, export_base, export_graph, reference
+from export.build import ExportError, GraphToExport, export_graph, reference
+from export.onnx import base_graphs, export_base
 from models.basepack import network
 from models.basepack.labels import ACTIONS, SCENE, SOUNDS
 from models.basepack.network import BaseModel, load_weights
