@@ -88,7 +88,7 @@ class AudioBranch(Branch):
         if inputs.audio is None:
             return None
         mask = inputs.audio_mask
-        return inputs.audio, torch.ones(len(inputs.audio), device=inputs.audio.device) if mask is None else mask
+        return inputs.audio, torch.ones(inputs.audio.shape[0], device=inputs.audio.device) if mask is None else mask
 
     def present(self, *given: Tensor) -> Tensor:
         """bool ``[B]``: rows with any sound."""

@@ -90,8 +90,8 @@ class FusionModel(nn.Module):
         for name in self.taken:
             branch, given = self.branch(name), self.branch(name).given(inputs)
             if given is None:
-                encoded[name] = branch.empty(len(like), next(self.adapt.parameters()))
-                present.append(torch.zeros(len(like), dtype=torch.bool, device=like.device))
+                encoded[name] = branch.empty(like.shape[0], next(self.adapt.parameters()))
+                present.append(torch.zeros(like.shape[0], dtype=torch.bool, device=like.device))
             else:
                 present.append(branch.present(*given))
                 encoded[name] = self._run(branch, given, present[-1])
@@ -200,7 +200,7 @@ def newest(video: Tensor, mask: Tensor) -> Tensor:
     """Each row's last frame that is there: ``[B, H, W, 3]``, of a pair the later one; black where there is none."""
     at = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     last = torch.where(mask > 0, at, 0).argmax(dim=1)
-    first = torch.arange(len(mask), device=mask.device) * mask.shape[1]
+    first = torch.arange(mask.shape[0], device=mask.device) * mask.shape[1]
     frames = video.flatten(0, 1).index_select(0, first + last)
     if frames.dim() == 5:
         frames = frames[:, 1]
@@ -270,4 +270,4 @@ def _scatter(part: Tensor, rows: Tensor, batch: int) -> Tensor:
 def _question(inputs: Inputs, like: Tensor) -> Tensor:
     if inputs.question is not None:
         return inputs.question
-    return torch.zeros(len(like), 0, dtype=torch.int64, device=like.device)
+    return torch.zeros(like.shape[0], 0, dtype=torch.int64, device=like.device)

@@ -79,8 +79,9 @@ class CausalBlock(nn.Module):
         self.expand = _norm_conv(inputs, hidden, 1)
         self.space = _norm_conv(hidden, hidden, kernel, stride, groups=hidden)
         self.reach, self.hidden, self.stride = stage.reach, hidden, stride
-        self.time = nn.Parameter(torch.randn(stage.reach, hidden, 1, 1) * stage.reach**-0.5)
-        self.time_norm = nn.BatchNorm2d(hidden)
+        if stage.reach > 1:
+            self.time = nn.Parameter(torch.randn(hidden, 1, stage.reach, 1) * stage.reach**-0.5)
+            self.time_norm = nn.BatchNorm2d(hidden)
         squeezed = max(2, hidden // REDUCTION)
         self.squeeze, self.excite = nn.Linear(hidden, squeezed), nn.Linear(squeezed, hidden)
         self.project = _norm_conv(hidden, stage.channels, 1)
@@ -98,8 +99,8 @@ class CausalBlock(nn.Module):
         kept: States = ()
         if past is not None:
             joined = torch.cat([past, y], dim=1)
-            taps = [joined[:, n : n + steps] * self.time[n] for n in range(self.reach)]
-            y = _unfold(F.hardswish(self.time_norm(torch.stack(taps).sum(dim=0).flatten(0, 1))), steps)
+            mixed = F.conv2d(joined.flatten(3).transpose(1, 2), self.time, groups=self.hidden).transpose(1, 2)
+            y = _unfold(F.hardswish(self.time_norm(mixed.reshape(-1, *y.shape[2:]))), steps)
             kept = (joined[:, steps:],)
         squeezed, state = average(y.mean(dim=(3, 4)), state)
         gate = torch.sigmoid(self.excite(F.hardswish(self.squeeze(squeezed))))
@@ -112,16 +113,17 @@ class StreamBackbone(Backbone):
 
     ``step`` takes ``t`` frames and the states, so a camera's frames may come one by one or in chunks: the answers
     are the same. ``forward`` takes a whole window from an empty past and gives one token ``[B, 1, 480]``, the vector
-    after the newest frame. ``height`` and ``width`` are those of the frames, which the states' sizes depend on.
+    after the newest frame. ``height`` and ``width`` are those of the frames, which the states' sizes depend on;
+    ``stages`` may make the network another size.
     """
 
-    def __init__(self, height: int, width: int, *, multiplier: float = 1.0) -> None:
+    def __init__(self, height: int, width: int, *, multiplier: float = 1.0, stages: tuple[Stage, ...] = STAGES) -> None:
         super().__init__()
         self.size = (height, width)
         channels = scaled(STEM, multiplier)
         self.stem = _norm_conv(3, channels, 3, 2)
         blocks = []
-        for stage in STAGES:
+        for stage in stages:
             wide = stage._replace(channels=scaled(stage.channels, multiplier), hidden=scaled(stage.hidden, multiplier))
             for number in range(stage.repeats):
                 blocks.append(CausalBlock(channels, wide, stage.stride if number == 0 else 1))
@@ -163,7 +165,7 @@ class StreamBackbone(Backbone):
 
     def forward(self, video: Tensor, mask: Tensor) -> Sequence:
         """As ``Backbone.forward``; one token ``[B, 1, 480]``."""
-        features, _ = self.step(hold(video, mask), self.initial_states(len(video)))
+        features, _ = self.step(hold(video, mask), self.initial_states(video.shape[0]))
         return whole(features[:, -1:], mask)
 
     def _blocks(self) -> list[CausalBlock]:
