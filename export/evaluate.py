@@ -19,7 +19,7 @@ from export.rows import Windows, row_windows
 from models.audio import SAMPLE_RATE
 from models.calibration import probabilities
 from models.config import HeadConfig
-from models.data.manifest import Manifest, Row, read_manifest
+from models.data.manifest import Manifest, Row, Split, read_manifest
 from models.data.masks import read_mask
 from models.errors import DataError, ModelError
 from models.measures import DRAWS, flat, measure
@@ -41,7 +41,7 @@ def evaluate_pack(
     backend: str = "auto",
     precision: str = "fp32",
     require_parity: bool = True,
-    split: str | None = None,
+    split: Split | None = None,
     root: Path | None = None,
     out: Path | None = None,
     draws: int = DRAWS,

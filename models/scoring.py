@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.config import HeadConfig
-from models.data.manifest import CLASSIFYING, Manifest, Row
+from models.data.manifest import CLASSIFYING, Manifest, Row, Split
 from models.errors import DataError
 from models.metrics import Floats, Indices, confusion_matrix
 from models.progress import Report, console_progress
@@ -31,14 +31,14 @@ def shown(report: Report | None) -> Iterator[Report]:
             yield console
 
 
-def chosen_rows(manifest: Manifest, split: str | None) -> tuple[str, tuple[Row, ...]]:
+def chosen_rows(manifest: Manifest, split: Split | None) -> tuple[Split, tuple[Row, ...]]:
     """Name and rows of a split. Without one: the rows of ``test``, else of ``val``, else all that are labelled.
 
     Raises ``DataError`` when the split has no rows.
     """
     splits = [row.split for row in manifest.rows]
     if split is None:
-        split = next((name for name in ("test", "val") if name in splits), "train")
+        split = "test" if "test" in splits else "val" if "val" in splits else "train"
     rows = tuple(row for row in manifest.rows if row.split == split)
     if not rows:
         there = ", ".join(sorted(set(splits)))
