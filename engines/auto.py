@@ -21,7 +21,7 @@ from engines.machine import machine_id
 from engines.manifest import Manifest, Mode, read_manifest
 from engines.measure import random_batch, time_batch
 from engines.parity import ParityReport, check_parity
-from engines.split import split_on_cpu
+from engines.split import in_parts
 
 _log = logging.getLogger(__name__)
 _BATCHES = (1, 4)
@@ -52,7 +52,7 @@ def fastest_backend(
     installed backend passes, ``BackendUnavailable`` when none can load the pack. Without ``cache`` nothing
     is remembered.
     """
-    versions = backends.installed()
+    versions = backends.installed(options.device)
     candidates = _passing(manifest, report, options.precision, versions) if require_parity else list(versions)
     if not candidates:
         raise BackendUnavailable("no backend is installed; pip install onnxruntime")
@@ -126,7 +126,7 @@ def ms_per_second(folder: Path, manifest: Manifest, backend: str, options: Engin
     for name, rate in calls_per_second(manifest).items():
         graph = manifest.graph(name)
         loaded = backends.load(folder / graph.file, manifest.name, graph, backend, options)
-        engine = split_on_cpu(loaded, graph, options.device)
+        engine = in_parts(loaded, graph, options.device)
         try:
             per_item = [time_batch(engine, random_batch(graph, n), _REPEATS).p50_ms / n for n in _BATCHES]
         finally:

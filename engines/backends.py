@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from engines.errors import BackendUnavailable
-from engines.manifest import GraphSpec
+from engines.manifest import GraphSpec, variant_for
 from engines.types import Engine
 
 
@@ -28,9 +28,19 @@ class EngineOptions:
     threads: int = 1
     """Threads of one inference on a CPU. One engine per core beats threads on small graphs."""
     device: str = "cpu"
-    """``cpu`` or ``cuda``."""
+    """``cpu`` or ``cuda``; for onnxruntime also ``tensorrt``, its own way to TensorRT."""
     cache_dir: Path | None = None
     """Where compiled engines may be kept; ``None`` compiles every time, which pays up to about a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What compiling a graph came to."""
+
+    size: int
+    """Bytes of the compiled engine; 0 for a backend that keeps none."""
+    reused: bool
+    """Whether it was in the cache."""
 
 
 class Adapter(Protocol):
@@ -44,26 +54,45 @@ class Adapter(Protocol):
         """Load a graph. Raises ``BackendUnavailable``, ``GraphLoadError`` or ``ManifestError``."""
         ...
 
+    def compile_graph(self, path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Compiled:
+        """Compile a graph into ``options.cache_dir``, without running it. Raises what ``load`` raises."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Backend:
     module: str
     """Adapter."""
-    library: str
-    """What the adapter imports."""
+    libraries: tuple[str, ...]
+    """What the adapter imports: the first that is there."""
     distributions: tuple[str, ...]
     """Packages that bring it."""
     remedy: str
+    devices: tuple[str, ...]
+    """Where it can run."""
 
 
 _BACKENDS = {
     "onnxruntime": _Backend(
-        "engines.onnx_engine", "onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "pip install onnxruntime"
+        "engines.onnx_engine",
+        ("onnxruntime",),
+        ("onnxruntime", "onnxruntime-gpu"),
+        "pip install onnxruntime",
+        ("cpu", "cuda", "tensorrt"),
     ),
-    "openvino": _Backend("engines.openvino_engine", "openvino", ("openvino",), "pip install 'sightwire[openvino]'"),
+    "openvino": _Backend(
+        "engines.openvino_engine", ("openvino",), ("openvino",), "pip install 'sightwire[openvino]'", ("cpu",)
+    ),
+    "tensorrt": _Backend(
+        "engines.tensorrt_engine",
+        ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"),
+        ("tensorrt", "tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings"),
+        "pip install 'sightwire[gpu]'",
+        ("cuda",),
+    ),
 }
 BACKENDS = tuple(_BACKENDS)
-"""Backends that load a pack's ONNX files."""
+"""Backends that run packs."""
 
 
 def adapter(backend: str) -> Adapter:
@@ -79,13 +108,17 @@ def adapter(backend: str) -> Adapter:
         ) from error
 
 
-def installed() -> dict[str, str]:
-    """Version of each backend whose library is there. Imports none of them: each costs memory and time."""
-    return {name: found for name, backend in _BACKENDS.items() if (found := _version(backend)) is not None}
+def installed(device: str | None = None) -> dict[str, str]:
+    """Version of each backend whose library is there, and that can run on ``device``.
+
+    Imports none of them: each costs memory and time.
+    """
+    wanted = {name: backend for name, backend in _BACKENDS.items() if device is None or device in backend.devices}
+    return {name: found for name, backend in wanted.items() if (found := _version(backend)) is not None}
 
 
 def _version(backend: _Backend) -> str | None:
-    if importlib.util.find_spec(backend.library) is None:
+    if all(importlib.util.find_spec(library) is None for library in backend.libraries):
         return None
     for name in backend.distributions:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -94,8 +127,29 @@ def _version(backend: _Backend) -> str | None:
 
 
 def load(path: Path, pack: str, graph: GraphSpec, backend: str, options: EngineOptions) -> Engine:
-    """Load one graph on a backend. Raises an ``EngineError``."""
-    return adapter(backend).load(path, pack, graph, options)
+    """Load one graph on a backend.
+
+    ``path`` is that of the graph's own file; where the backend runs another variant at this precision, that is
+    taken from beside it. Raises an ``EngineError``.
+    """
+    loader = adapter(backend)
+    return loader.load(_artifact(path, pack, graph, backend, options.precision), pack, graph, options)
+
+
+def compile_graph(path: Path, pack: str, graph: GraphSpec, backend: str, options: EngineOptions) -> Compiled:
+    """Compile one graph into the cache; ``path`` as for ``load``. Raises an ``EngineError``."""
+    compiler = adapter(backend)
+    return compiler.compile_graph(_artifact(path, pack, graph, backend, options.precision), pack, graph, options)
+
+
+def _artifact(path: Path, pack: str, graph: GraphSpec, backend: str, precision: str) -> Path:
+    file = graph.artifact(backend, precision)
+    if file is None:
+        raise BackendUnavailable(
+            f"pack {pack}: graph {graph.name} has no {variant_for(backend, precision)} file for {backend}; "
+            f"run `sightwire compile` with precision {precision} first"
+        )
+    return path.with_name(file.file)
 
 
 def first_line(error: BaseException) -> str:

@@ -10,13 +10,19 @@ from weakref import WeakValueDictionary
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from engines.backends import EngineOptions, first_line
+from engines.backends import Compiled, EngineOptions, first_line
 from engines.checks import PortShape, check_inputs, check_interface, check_outputs, zeros
 from engines.errors import BackendUnavailable, GraphLoadError, InferenceError
 from engines.manifest import GraphSpec
 from engines.types import Array, EngineSpec, Tensors
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider",),
+    # What TensorRT does not take of a graph, CUDA does.
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
+}
+_PRECISIONS = {"cpu": ("fp32", "int8"), "cuda": ("fp32", "fp16", "int8"), "tensorrt": ("fp32", "fp16", "int8")}
 _DTYPES = {"tensor(uint8)": "uint8", "tensor(int64)": "int64", "tensor(float)": "float32", "tensor(float16)": "float16"}
 # Each status code is a class of its own, with no common base below Exception.
 _ORT_ERRORS = (
@@ -50,16 +56,31 @@ def load(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Onn
     Raises ``BackendUnavailable`` when the device is not there, ``GraphLoadError`` when the file is
     refused, ``ManifestError`` when the graph is not what the manifest says.
     """
-    if options.precision != "fp32":
-        raise BackendUnavailable(
-            f"pack {pack}: graph {graph.name}: onnxruntime runs it in fp32, not {options.precision}; "
-            "choose precision fp32 or backend openvino"
-        )
+    _check_precision(pack, graph.name, options)
     session = _shared_session(path, pack, graph, options)
     check_interface(pack, graph.name, graph.inputs, _ports(session.get_inputs()), "input")
     check_interface(pack, graph.name, graph.outputs, _ports(session.get_outputs()), "output")
-    device = "cuda:0" if options.device == "cuda" else "cpu"
-    return OnnxEngine(session, EngineSpec(pack, graph.name, "onnxruntime", device, "fp32", graph.inputs, graph.outputs))
+    device = "cpu" if options.device == "cpu" else "cuda:0"
+    spec = EngineSpec(pack, graph.name, "onnxruntime", device, options.precision, graph.inputs, graph.outputs)
+    return OnnxEngine(session, spec)
+
+
+def compile_graph(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Compiled:
+    """ONNX Runtime prepares a graph as it loads it and keeps nothing: this finds out whether it does.
+
+    Raises what ``load`` raises.
+    """
+    load(path, pack, graph, options).close()
+    return Compiled(size=0, reused=False)
+
+
+def _check_precision(pack: str, graph: str, options: EngineOptions) -> None:
+    offered = _PRECISIONS.get(options.device)
+    if offered is not None and options.precision not in offered:
+        raise BackendUnavailable(
+            f"pack {pack}: graph {graph}: onnxruntime runs {' or '.join(offered)} on device {options.device}, "
+            f"not {options.precision}; choose one of them, or another backend"
+        )
 
 
 def _shared_session(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Any:
@@ -67,7 +88,8 @@ def _shared_session(path: Path, pack: str, graph: GraphSpec, options: EngineOpti
 
     ``run`` may be called from several threads at once, so the engines of all threads share weights and memory pool.
     """
-    key = (str(path.resolve()), graph.sha256, options.threads, options.device)
+    file = graph.artifact("onnxruntime", options.precision)
+    key = (str(path.resolve()), file and file.sha256, options.threads, options.device)
     session = _sessions.get(key)
     if session is None:
         session = _sessions[key] = _open_session(path, pack, graph, options)
@@ -75,31 +97,31 @@ def _shared_session(path: Path, pack: str, graph: GraphSpec, options: EngineOpti
 
 
 def _open_session(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Any:
-    provider = _provider(options.device)
+    providers = _providers(options.device)
     try:
-        session = ort.InferenceSession(str(path), _session_options(options.threads), providers=[provider])
+        session = ort.InferenceSession(str(path), _session_options(options.threads), providers=list(providers))
     except _ORT_ERRORS as error:
         raise GraphLoadError(
             f"pack {pack}: onnxruntime {version()} cannot load graph {graph.name} ({path.name}): "
             f"{first_line(error)}; export the pack again"
         ) from error
     # Where a provider cannot start, ONNX Runtime goes on with the CPU and says nothing.
-    if session.get_providers()[0] != provider:
+    if tuple(session.get_providers()[: len(providers)]) != providers:
         raise BackendUnavailable(_no_device(options.device))
     return session
 
 
-def _provider(device: str) -> str:
-    provider = _PROVIDERS.get(device)
-    if provider is None or provider not in ort.get_available_providers():
+def _providers(device: str) -> tuple[str, ...]:
+    providers = _PROVIDERS.get(device, ())
+    if not providers or not set(providers) <= set(ort.get_available_providers()):
         raise BackendUnavailable(_no_device(device))
-    return provider
+    return providers
 
 
 def _no_device(device: str) -> str:
     return (
         f"onnxruntime {version()} has no usable device {device!r} here; choose device cpu, or install "
-        "onnxruntime-gpu and CUDA"
+        f"onnxruntime-gpu and {'TensorRT' if device == 'tensorrt' else 'CUDA'}"
     )
 
 

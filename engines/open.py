@@ -14,7 +14,7 @@ from engines.cache import user_cache
 from engines.errors import PackNotFound
 from engines.manifest import MANIFEST_FILE, Manifest, check_integrity, read_manifest
 from engines.parity import check_parity, read_parity
-from engines.split import split_on_cpu
+from engines.split import in_parts
 from engines.types import Engine
 
 PACKS_FOLDER = "packs"
@@ -94,7 +94,7 @@ def open_pack(
         backends.adapter(backend)
         check_parity(report, manifest, backend, precision)
     engines = load_engines(folder, manifest, backend, options)
-    split = {name: split_on_cpu(engine, manifest.graph(name), device) for name, engine in engines.items()}
+    split = {name: in_parts(engine, manifest.graph(name), device) for name, engine in engines.items()}
     return LoadedPack(folder, manifest, manifest.sha256(), backend, precision, MappingProxyType(split))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.backends import EngineOptions
+from engines.backends import Compiled, EngineOptions
 from engines.cache import ArtifactCache, CacheKey
 from engines.checks import PortShape, check_inputs, check_interface, check_outputs, zeros
 from engines.errors import BackendUnavailable, GraphLoadError, InferenceError
@@ -22,7 +22,9 @@ from engines.types import Array, EngineSpec, Tensors
 
 _log = logging.getLogger(__name__)
 _DTYPES = {"u8": "uint8", "i64": "int64", "f32": "float32", "f16": "float16"}
-_PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+# A quantised graph says itself what is int8; the rest of it is fp32.
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
+_CAPABILITIES = {"bf16": "BF16", "fp16": "FP16"}
 
 
 def _import_runtime() -> ModuleType:
@@ -82,10 +84,35 @@ def _check_options(pack: str, graph: str, options: EngineOptions) -> None:
     where = f"pack {pack}: graph {graph}"
     if options.device != "cpu":
         raise BackendUnavailable(f"{where}: openvino runs on device cpu here, not {options.device}; choose device cpu")
-    if options.precision not in _PRECISIONS:
-        raise BackendUnavailable(f"{where}: openvino runs fp32 or bf16, not {options.precision}; choose one of them")
-    if options.precision == "bf16" and "BF16" not in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise BackendUnavailable(f"{where}: this processor has no bf16 arithmetic; choose precision fp32")
+    if options.precision not in _HINTS:
+        raise BackendUnavailable(f"{where}: openvino runs {', '.join(_HINTS)}, not {options.precision}; choose one")
+    needed = _CAPABILITIES.get(options.precision)
+    if needed is not None and needed not in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise BackendUnavailable(
+            f"{where}: this processor has no {options.precision} arithmetic for openvino; choose precision fp32"
+        )
+
+
+def compile_graph(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Compiled:
+    """Compile a graph into the cache. Raises what ``load`` raises."""
+    cached = None if options.cache_dir is None else ArtifactCache(options.cache_dir).get(_key(graph, options))
+    load(path, pack, graph, options).close()
+    if options.cache_dir is None:
+        return Compiled(size=0, reused=False)
+    kept = ArtifactCache(options.cache_dir).get(_key(graph, options)) or b""
+    return Compiled(size=len(kept), reused=cached is not None)
+
+
+def _key(graph: GraphSpec, options: EngineOptions) -> CacheKey:
+    file = graph.artifact("openvino", options.precision)
+    return CacheKey(
+        onnx_sha256=file.sha256 if file is not None else "",
+        backend="openvino",
+        version=str(_ov.__version__),
+        device=machine_id(),
+        precision=f"{options.precision}x{options.threads}",
+        shapes="dynamic",
+    )
 
 
 def _compiled(path: Path, graph: GraphSpec, options: EngineOptions) -> Any:
@@ -93,15 +120,7 @@ def _compiled(path: Path, graph: GraphSpec, options: EngineOptions) -> Any:
     properties = _properties(options)
     if options.cache_dir is None:
         return _core().compile_model(str(path), "CPU", properties)
-    cached = ArtifactCache(options.cache_dir)
-    key = CacheKey(
-        graph.sha256,
-        "openvino",
-        str(_ov.__version__),
-        machine_id(),
-        f"{options.precision}x{options.threads}",
-        "dynamic",
-    )
+    cached, key = ArtifactCache(options.cache_dir), _key(graph, options)
     if (blob := cached.get(key)) is not None:
         try:
             return _core().import_model(blob, "CPU", properties)
@@ -120,7 +139,7 @@ def _properties(options: EngineOptions) -> dict[str, object]:
         "INFERENCE_NUM_THREADS": options.threads,
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": _PRECISIONS[options.precision],
+        "INFERENCE_PRECISION_HINT": _HINTS[options.precision],
         # Pinning would put the engines of several threads onto the same core, and beside the decoders.
         "ENABLE_CPU_PINNING": False,
     }

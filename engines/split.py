@@ -19,6 +19,10 @@ PART_BYTES = 384 * 1024
 """Input bytes that one part may hold: two pairs of 160x160 frames, one 320x240 frame."""
 
 
+MOST_WARM = 16
+"""Largest part whose every size is run at warm-up."""
+
+
 def best_part(graph: GraphSpec) -> int:
     """Batch items of a graph that are best run at once on a CPU; at least 1."""
     item = sum(
@@ -28,9 +32,11 @@ def best_part(graph: GraphSpec) -> int:
     return max(1, PART_BYTES // max(1, item))
 
 
-def split_on_cpu(engine: Engine, graph: GraphSpec, device: str) -> Engine:
-    """The engine, splitting batches where it runs on a CPU; a GPU wants them whole."""
-    return SplitEngine(engine, best_part(graph)) if device == "cpu" else engine
+def in_parts(engine: Engine, graph: GraphSpec, device: str) -> Engine:
+    """The engine, splitting batches where that is faster (on a CPU) or needed (where an engine has a largest batch)."""
+    if device == "cpu":
+        return SplitEngine(engine, best_part(graph))
+    return SplitEngine(engine, graph.batch.largest) if engine.spec.backend == "tensorrt" else engine
 
 
 class SplitEngine:
@@ -46,8 +52,12 @@ class SplitEngine:
         return self._engine.spec
 
     def warmup(self, batch_sizes: Sequence[int]) -> None:
-        """See ``Engine``; every size that a part can have is run, so no later batch meets a new one."""
-        self._engine.warmup(range(1, min(self._part, max(batch_sizes, default=0)) + 1))
+        """See ``Engine``; where parts are few, every size that one can have is run, so no later batch meets a new
+        one."""
+        if self._part <= MOST_WARM:
+            self._engine.warmup(range(1, min(self._part, max(batch_sizes, default=0)) + 1))
+        else:
+            self._engine.warmup(sorted({min(size, self._part) for size in batch_sizes}))
 
     def infer(self, inputs: Tensors) -> dict[str, Array]:
         """See ``Engine``."""

@@ -292,7 +292,7 @@ REFERENCES: Mapping[str, Callable[[Tensors], dict[str, Array]]] = {
 
 def _measured(folder: Path, manifest: Manifest, batch_sizes: Sequence[int] = (1, 4)) -> ParityReport:
     entries = []
-    for backend, version in backends.installed().items():
+    for backend, version in backends.installed("cpu").items():
         for graph in manifest.graphs:
             engine = backends.load(
                 folder / graph.file, manifest.name, graph, backend, backends.EngineOptions(threads=1)

@@ -16,6 +16,8 @@ from engines.errors import BackendUnavailable, InferenceError
 from engines.manifest import GraphSpec
 from engines.types import Array, EngineSpec, Tensors
 
+_CASTS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def version() -> str:
     """Version of PyTorch."""
@@ -26,13 +28,20 @@ class TorchEngine:
     """A module that takes the graph's inputs in their order and returns its outputs: one tensor, a sequence in
     their order, or a mapping by name."""
 
-    def __init__(self, module: torch.nn.Module, pack: str, graph: GraphSpec, *, device: str = "cpu") -> None:
-        """Raises ``BackendUnavailable`` when the device is not there."""
+    def __init__(
+        self, module: torch.nn.Module, pack: str, graph: GraphSpec, *, device: str = "cpu", precision: str = "fp32"
+    ) -> None:
+        """In ``bf16`` and ``fp16`` torch casts what gains from it. Raises ``BackendUnavailable`` when the device or the
+        precision is not there."""
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise BackendUnavailable(f"torch {version()} has no CUDA device here; choose device cpu")
+        if precision not in _CASTS:
+            raise BackendUnavailable(
+                f"pack {pack}: graph {graph.name}: torch runs {', '.join(_CASTS)}, not {precision}; choose one"
+            )
         self._module: torch.nn.Module | None = module.to(device)
         self._device = device
-        self._spec = EngineSpec(pack, graph.name, "torch", device, "fp32", graph.inputs, graph.outputs)
+        self._spec = EngineSpec(pack, graph.name, "torch", device, precision, graph.inputs, graph.outputs)
 
     @property
     def spec(self) -> EngineSpec:
@@ -54,7 +63,7 @@ class TorchEngine:
             # A copy, since torch warns of arrays that it may not write to.
             arrays = [np.array(inputs[tensor.name]) for tensor in self._spec.inputs]
             tensors = [torch.from_numpy(array).to(self._device) for array in arrays]
-            with torch.inference_mode():
+            with torch.inference_mode(), self._cast():
                 outputs = self._named(self._module(*tensors))
         except (RuntimeError, TypeError, ValueError) as error:
             raise InferenceError(f"{where} failed on torch: {first_line(error)}") from error
@@ -69,7 +78,12 @@ class TorchEngine:
             result = tuple(result[name] for name in names)
         if not isinstance(result, Sequence) or len(result) != len(names):
             raise TypeError(f"the module must return {names}")
-        return {name: tensor.cpu().numpy() for name, tensor in zip(names, result, strict=True)}
+        dtypes = {tensor.name: getattr(torch, tensor.dtype) for tensor in self._spec.outputs}
+        return {name: tensor.to("cpu", dtypes[name]).numpy() for name, tensor in zip(names, result, strict=True)}
+
+    def _cast(self) -> torch.autocast:
+        dtype = _CASTS[self._spec.precision]
+        return torch.autocast(self._device.split(":")[0], dtype=dtype, enabled=dtype is not None)
 
     def close(self) -> None:
         """See ``Engine``."""

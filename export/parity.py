@@ -54,7 +54,7 @@ def run_parity(
     task = _Task(folder, manifest, cases, batch_sizes)
     entries = [
         entry
-        for backend in backends.installed()
+        for backend in backends.installed("cpu")
         for precision in manifest.parity_bounds
         for entry in _measure_backend(task, backend, EngineOptions(precision=precision, threads=threads))
     ]

@@ -1,0 +1,275 @@
+"""TensorRT and TensorRT for RTX: engines on an NVIDIA GPU, with torch for memory and streams.
+
+``tensorrt_build`` compiles; here engines are kept, loaded and run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engines.backends import Compiled, EngineOptions, first_line
+from engines.cache import ArtifactCache, CacheKey
+from engines.checks import check_inputs, check_outputs, zeros
+from engines.errors import BackendUnavailable, InferenceError
+from engines.manifest import BatchProfile, GraphSpec
+from engines.tensorrt_build import build
+from engines.tensorrt_library import LOGGER, RTX, collected, error_from, no_gpu, telling_line, trt, version
+from engines.types import Array, EngineSpec, Tensors
+
+__all__ = ["TensorRtEngine", "compile_graph", "load", "version"]
+
+_log = logging.getLogger(__name__)
+_PRECISIONS = ("fp32", "fp16", "int8")
+_SIZES = 8
+"""Batch sizes kept ready, each with its own context, buffers and CUDA graph."""
+_TORCH = {"uint8": torch.uint8, "int64": torch.int64, "float32": torch.float32, "float16": torch.float16}
+
+
+def compile_graph(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Compiled:
+    """Compile a graph into the cache, where no engine of it lies there. Raises what ``load`` raises, but needs no GPU
+    with TensorRT for RTX."""
+    blob, reused = _engine_blob(path, pack, graph, options)
+    return Compiled(size=len(blob), reused=reused)
+
+
+def load(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> TensorRtEngine:
+    """Load a graph of a pack, from the cache or compiled.
+
+    Raises ``BackendUnavailable`` without a GPU, ``GraphLoadError`` when the graph is refused or does not fit into
+    the GPU's memory, ``ManifestError`` when it is not what the manifest says.
+    """
+    where = _where(pack, graph)
+    if options.device != "cuda":
+        raise BackendUnavailable(f"{where}: tensorrt runs on device cuda, not {options.device}; choose device cuda")
+    if not torch.cuda.is_available():
+        raise no_gpu(where, f"none that torch {torch.__version__} sees")
+    blob, reused = _engine_blob(path, pack, graph, options)
+    with collected() as errors:
+        runtime = trt.Runtime(LOGGER)
+        engine = runtime.deserialize_cuda_engine(blob)
+        refused = None if engine is not None else error_from(where, "loaded its engine", errors, "compile it again")
+    if refused is not None:
+        if not reused:
+            raise refused
+        _log.warning("cached engine is refused (%s); compiling it again", refused)
+        _cache(options).path(_key(graph, options)).unlink(missing_ok=True)
+        return load(path, pack, graph, options)
+    spec = EngineSpec(pack, graph.name, "tensorrt", "cuda:0", options.precision, graph.inputs, graph.outputs)
+    return TensorRtEngine(engine, spec, graph.batch)
+
+
+def _where(pack: str, graph: GraphSpec) -> str:
+    return f"pack {pack}: graph {graph.name}"
+
+
+def _cache(options: EngineOptions) -> ArtifactCache:
+    if options.cache_dir is None:
+        raise ValueError("no cache folder")
+    return ArtifactCache(options.cache_dir)
+
+
+def _engine_blob(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> tuple[bytes, bool]:
+    """The serialised engine, and whether it was in the cache."""
+    where = _where(pack, graph)
+    if options.precision not in _PRECISIONS:
+        raise BackendUnavailable(
+            f"{where}: tensorrt runs {', '.join(_PRECISIONS)}, not {options.precision}; choose one"
+        )
+    if options.cache_dir is None:
+        return build(path, where, graph, pack), False
+    key, cache = _key(graph, options), _cache(options)
+    if (blob := cache.get(key)) is not None:
+        return blob, True
+    timings = options.cache_dir / f"tensorrt-{version()}-{key.device}.timings"
+    blob = build(path, where, graph, pack, timings)
+    try:
+        cache.put(key, blob)
+    except OSError as error:
+        _log.warning("cannot keep the compiled engine of graph %s: %s", graph.name, error)
+    return blob, False
+
+
+def _key(graph: GraphSpec, options: EngineOptions) -> CacheKey:
+    file = graph.artifact("tensorrt", options.precision)
+    return CacheKey(
+        onnx_sha256=file.sha256 if file is not None else "",
+        backend="tensorrt",
+        version=version(),
+        device=_device(),
+        precision=options.precision,
+        shapes=str(graph.batch),
+    )
+
+
+def _device() -> str:
+    """What an engine is bound to: one model of GPU; with TensorRT for RTX none, since it finishes at load."""
+    if RTX or not torch.cuda.is_available():
+        return "any-rtx"
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm{major}{minor}-{'_'.join(torch.cuda.get_device_name().split())}"
+
+
+class TensorRtEngine:
+    """An engine with one stream; for each batch size that it meets, a context, fixed buffers and a CUDA graph."""
+
+    def __init__(self, engine: Any, spec: EngineSpec, batch: BatchProfile) -> None:
+        self._engine = engine
+        self._spec = spec
+        self._batch = batch
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._sizes: OrderedDict[int, _Size] = OrderedDict()
+
+    @property
+    def spec(self) -> EngineSpec:
+        """See ``Engine``."""
+        return self._spec
+
+    def warmup(self, batch_sizes: Sequence[int]) -> None:
+        """See ``Engine``."""
+        for batch in batch_sizes:
+            self.infer(zeros(self._spec, batch))
+
+    def infer(self, inputs: Tensors) -> dict[str, Array]:
+        """See ``Engine``: up to the GPU from pinned memory, and back."""
+        check_inputs(self._spec, inputs)
+        size = self._size(len(next(iter(inputs.values()))))
+        try:
+            with torch.cuda.stream(self._stream):
+                for name, array in inputs.items():
+                    size.pinned[name].numpy()[...] = array
+                    size.inputs[name].copy_(size.pinned[name], non_blocking=True)
+                size.run(self._stream)
+                for name, tensor in size.outputs.items():
+                    size.pinned[name].copy_(tensor, non_blocking=True)
+            self._stream.synchronize()
+        except RuntimeError as error:  # torch's OutOfMemoryError is one too.
+            raise self._failure(error) from error
+        outputs: dict[str, Array] = {name: np.array(size.pinned[name].numpy()) for name in size.outputs}
+        check_outputs(self._spec, outputs)
+        return outputs
+
+    def infer_on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Run a batch that lies on the GPU; tensors as ``spec.inputs``, answers on the GPU.
+
+        The caller's stream waits for the answers, the processor does not. Raises ``InferenceError``.
+        """
+        size = self._size(len(next(iter(inputs.values()))))
+        caller = torch.cuda.current_stream()
+        self._stream.wait_stream(caller)
+        try:
+            with torch.cuda.stream(self._stream):
+                for name, tensor in inputs.items():
+                    size.inputs[name].copy_(tensor)
+                    tensor.record_stream(self._stream)
+                size.run(self._stream)
+                outputs = {name: tensor.clone() for name, tensor in size.outputs.items()}
+        except (KeyError, RuntimeError) as error:
+            raise self._failure(error) from error
+        caller.wait_stream(self._stream)
+        for tensor in outputs.values():
+            tensor.record_stream(caller)
+        return outputs
+
+    def close(self) -> None:
+        """See ``Engine``."""
+        self._sizes.clear()
+        self._engine = None
+
+    def _size(self, batch: int) -> _Size:
+        """What runs this batch size, made at its first batch; of many sizes those last used are kept."""
+        where = f"pack {self._spec.pack}: graph {self._spec.graph}"
+        if self._engine is None:
+            raise InferenceError(f"{where} is closed")
+        check_batch(where, self._batch, batch)
+        if batch not in self._sizes:
+            try:
+                self._sizes[batch] = _Size(self._engine, self._spec, batch, self._stream)
+            except RuntimeError as error:
+                raise self._failure(error) from error
+            if len(self._sizes) > _SIZES:
+                self._sizes.popitem(last=False)
+        self._sizes.move_to_end(batch)
+        return self._sizes[batch]
+
+    def _failure(self, error: Exception) -> InferenceError:
+        where = f"pack {self._spec.pack}: graph {self._spec.graph}"
+        if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower():
+            return InferenceError(f"{where}: the GPU is out of memory; use smaller batches, or free the GPU")
+        return InferenceError(f"{where} failed on tensorrt: {first_line(error)}")
+
+
+def check_batch(where: str, profile: BatchProfile, batch: int) -> None:
+    """Raise ``InferenceError`` unless an engine compiled for ``profile`` takes this batch size."""
+    if not profile.smallest <= batch <= profile.largest:
+        raise InferenceError(
+            f"{where}: a batch of {batch} is outside {profile.smallest}..{profile.largest}, which its engine is "
+            "compiled for; send smaller batches, or change the graph's batch sizes in the manifest and compile again"
+        )
+
+
+class _Size:
+    """One batch size: fixed buffers on both sides, and the launch of the engine as a CUDA graph."""
+
+    def __init__(self, engine: Any, spec: EngineSpec, batch: int, stream: torch.cuda.Stream) -> None:
+        """Raises ``RuntimeError``."""
+        self._context = _context(engine)
+        self.inputs = {t.name: _on_gpu((batch, *t.shape[1:]), t.dtype) for t in spec.inputs}
+        for name, tensor in self.inputs.items():
+            if not self._context.set_input_shape(name, tuple(tensor.shape)):
+                raise RuntimeError(f"input {name} cannot be {list(tensor.shape)}")
+        self.outputs = {t.name: _on_gpu(self._context.get_tensor_shape(t.name), t.dtype) for t in spec.outputs}
+        both = {**self.inputs, **self.outputs}
+        self.pinned = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for name, t in both.items()}
+        for name, tensor in both.items():
+            self._context.set_tensor_address(name, tensor.data_ptr())
+        self._graph = self._captured(stream)
+
+    def run(self, stream: torch.cuda.Stream) -> None:
+        """Queue the engine on its stream. Raises ``RuntimeError``."""
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._queue(stream)
+
+    def _queue(self, stream: torch.cuda.Stream) -> None:
+        with collected() as errors:
+            if not self._context.execute_async_v3(stream.cuda_stream):
+                raise RuntimeError(telling_line(errors))
+
+    def _captured(self, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
+        """The launch as a CUDA graph; ``None`` where the engine does things that cannot be captured."""
+        with torch.cuda.stream(stream):
+            # A context sets itself up in its first run, which must not be captured.
+            self._queue(stream)
+        stream.synchronize()
+        if RTX and not self._context.is_stream_capturable(stream.cuda_stream):
+            return None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            self._queue(stream)
+        return graph
+
+
+def _on_gpu(shape: Sequence[Any], dtype: str) -> torch.Tensor:
+    return torch.empty([int(size) for size in shape], dtype=_TORCH[dtype], device="cuda")
+
+
+def _context(engine: Any) -> Any:
+    with collected() as errors:
+        if RTX:
+            config = engine.create_runtime_config()
+            # Kernels for the shape are ready at the first run: those for any shape would be captured instead.
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            context = engine.create_execution_context(config)
+        else:
+            context = engine.create_execution_context()
+        if context is None:
+            raise RuntimeError(telling_line(errors))
+    return context
