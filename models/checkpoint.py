@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.calibration import Calibration
-from models.config import ModelConfig, Strict
+from models.config import HeadConfig, ModelConfig, Strict
 from models.errors import TrainingError, WeightsError
-from models.network import FusionModel, build_model
+from models.network import PREFIX, FusionModel, build_model
 from models.text import TextTokenizer
 
 WEIGHTS_FILE = "model.safetensors"
@@ -114,6 +114,48 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
     if odd := sorted(set(tensors) - set(expected)):
         raise WeightsError(f"{path} is of another architecture: it has a parameter {odd[0]} too many; {_REMEDY}")
     module.load_state_dict(dict(tensors))
+
+
+def start_from(model: FusionModel, path: Path) -> list[str]:
+    """Continue from the weights of another run: its folder, or a safetensors file of such weights.
+
+    Branches must fit; fusion, heads and what lies between start anew where they differ, as do heads with other
+    labels and branches that the other run had not. Returns what started anew, a line each.
+    Raises ``WeightsError`` when a branch differs, or none is shared.
+    """
+    weights = path / WEIGHTS_FILE if path.is_dir() else path
+    tensors = read_tensors(weights)
+    there: dict[str, HeadConfig] = {}
+    if (weights.parent / CARD_FILE).is_file():
+        there = {head.name: head for head in read_card(weights.parent).model.heads}
+    for head in model.config.heads:
+        if head.name in there and there[head.name].labels != head.labels:
+            tensors = {k: v for k, v in tensors.items() if not k.startswith(f"heads.{PREFIX}{head.name}.")}
+    expected = model.state_dict()
+    chosen: dict[str, Tensor] = {}
+    anew = []
+    for part in dict.fromkeys(_component(name) for name in expected):
+        names = [name for name in expected if _component(name) == part]
+        odd = next((n for n in names if n not in tensors or tensors[n].shape != expected[n].shape), None)
+        if odd is None:
+            chosen |= {name: tensors[name] for name in names}
+        elif part.startswith("branches.") and any(_component(name) == part for name in tensors):
+            there_shape = list(tensors[odd].shape) if odd in tensors else "absent"
+            raise WeightsError(
+                f"{weights} is of another architecture: {odd} is {there_shape}, not {list(expected[odd].shape)}; "
+                "make model the same there, or leave init out"
+            )
+        else:
+            anew.append(f"{part} starts anew: {weights} has " + ("none" if odd not in tensors else "another"))
+    if not any(name.startswith("branches.") for name in chosen):
+        raise WeightsError(f"{weights} has no branch of this model ({', '.join(model.taken)}); leave init out")
+    model.load_state_dict({**expected, **chosen})
+    return anew
+
+
+def _component(name: str) -> str:
+    first, second, *_ = name.split(".")
+    return first if first == "fusion" else f"{first}.{second}"
 
 
 _REMEDY = "take the configuration it was trained with, or another output folder"

@@ -30,6 +30,7 @@ from models.distill import TeacherScores
 from models.errors import DataError
 from models.modes import without_labels
 from models.network import FusionModel
+from models.scoring import known_of
 from models.text import TextTokenizer
 from models.types import Inputs, Targets
 
@@ -73,7 +74,9 @@ class Data:
     unlabelled: ClipDataset | None
     """Semi-supervised training's windows without labels."""
     val: ClipDataset
-    """Windows to be measured on."""
+    """Windows to be measured on while training, and calibrated on."""
+    test: ClipDataset | None
+    """Windows that the report is about; ``None`` where the manifest has none."""
 
     @property
     def counts(self) -> dict[str, Tensor]:
@@ -93,17 +96,21 @@ def read_rows(config: TrainConfig) -> Manifest:
     manifest = read_manifest(data.manifest, config.model.heads, data.root, every_class=labelled)
     if not any(row.split == "val" for row in manifest.rows):
         raise DataError(f"{data.manifest}: no row has split val, so nothing tells when training is good; mark some")
+    rows = [row for row in manifest.rows if row.split == "val"]
+    if labelled and not any(known_of(row, head) for row in rows for head in config.model.heads):
+        raise DataError(f"{data.manifest}: no row of split val says anything of the model's heads; label some")
     return manifest
 
 
-def find_tokenizer(config: TrainConfig, manifest: Manifest) -> TextTokenizer | None:
-    """The run's own from before, else that of the run it starts from, else one learned from the training texts.
+def find_tokenizer(config: TrainConfig, manifest: Manifest, *, resumed: bool) -> TextTokenizer | None:
+    """The run's own from before if it is resumed, that of the run it starts from, or one learned from the texts.
 
     ``None`` without text. Raises ``DataError`` or ``WeightsError``.
     """
     if config.model.text is None:
         return None
-    for folder in [config.out, *([] if config.init is None else [config.init, config.init.parent])]:
+    before = [config.out] if resumed else []
+    for folder in [*before, *([] if config.init is None else [config.init, config.init.parent])]:
         if (folder / TOKENIZER_FILE).is_file():
             return TextTokenizer.load(folder / TOKENIZER_FILE)
     splits = {*SPLITS[config.mode], "unlabelled" if config.mode == "semi-supervised" else "train"}
@@ -121,8 +128,10 @@ def load_data(config: TrainConfig, manifest: Manifest, tokenizer: TextTokenizer 
             manifest, config.data, config.model, tokenizer, splits, training, seed=config.seed, encoder=encoder
         )
 
+    train, val = windows(SPLITS[config.mode], training=True), windows(("val",), training=False)
     unlabelled = windows(("unlabelled",), training=True) if config.mode == "semi-supervised" else None
-    return Data(manifest, windows(SPLITS[config.mode], training=True), unlabelled, windows(("val",), training=False))
+    tested = any(row.split == "test" for row in manifest.rows)
+    return Data(manifest, train, unlabelled, val, windows(("test",), training=False) if tested else None)
 
 
 def frozen_features(model: FusionModel, cache: Path) -> FrozenFeatures | None:

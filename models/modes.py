@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from models.config import HeadConfig
+from models.objective import Batch
 from models.types import VOID, Inputs, Targets
 
 _COUNTED = ("tokens", "question", "answer")
@@ -34,6 +35,25 @@ def pseudo_labels(logits: dict[str, Tensor], heads: Sequence[HeadConfig], thresh
             best = torch.zeros_like(scores).scatter_(1, scores.argmax(dim=1, keepdim=True), 1.0)
             found[head.name] = torch.where(scores.amax(dim=1, keepdim=True) >= threshold, best, unknown)
     return found
+
+
+def with_pseudo_labels(
+    labelled: tuple[Inputs, Targets],
+    unlabelled: tuple[Inputs, Targets],
+    logits: dict[str, Tensor],
+    heads: Sequence[HeadConfig],
+    threshold: float,
+) -> Batch:
+    """One batch of rows with labels and rows without, which learn the labels that ``logits`` are sure of.
+
+    ``logits`` are another model's answers to the rows without labels, by head (see ``pseudo_labels``).
+    """
+    before, after = rows_of(*labelled), rows_of(*unlabelled)
+    pseudo = {
+        name: torch.cat([labels.new_full((before, labels.shape[1]), float("nan")), labels])
+        for name, labels in pseudo_labels(logits, heads, threshold).items()
+    }
+    return Batch(*join(labelled, unlabelled), pseudo, after)
 
 
 def without_labels(targets: Targets) -> Targets:
@@ -65,14 +85,6 @@ def rows_of(inputs: Inputs, targets: Targets) -> int:
     """How many rows a batch has."""
     tensors = [getattr(inputs, name) for name in Inputs.__slots__] + [targets.index, *targets.heads.values()]
     return len(next(tensor for tensor in tensors if tensor is not None))
-
-
-def extended(heads: dict[str, Tensor], before: int) -> dict[str, Tensor]:
-    """Labels with ``before`` rows of unknown ones in front."""
-    return {
-        name: torch.cat([value.new_full((before, *value.shape[1:]), float("nan")), value])
-        for name, value in heads.items()
-    }
 
 
 def _joined(
