@@ -97,13 +97,13 @@ def change_frames(frames: NDArray[np.uint8], view: View) -> NDArray[np.uint8]:
         return frames
     pictures = torch.from_numpy(frames).reshape(-1, *frames.shape[-3:])
     rows, columns = _box(frames.shape[-3], frames.shape[-2], view)
-    x = pictures[:, rows, columns].permute(0, 3, 1, 2).float()
+    x = pictures[:, rows, columns].permute(0, 3, 1, 2)
     if x.shape[2:] != frames.shape[-3:-1]:
         x = F.interpolate(x, size=frames.shape[-3:-1], mode="bilinear", align_corners=False)
     if view.flip:
         x = x.flip(-1)
-    x = _recolour(x, view).round_().clamp_(0.0, 255.0)
-    changed: NDArray[np.uint8] = x.to(torch.uint8).permute(0, 2, 3, 1).reshape(frames.shape).contiguous().numpy()
+    x = _recolour(x, view)
+    changed: NDArray[np.uint8] = x.permute(0, 2, 3, 1).reshape(frames.shape).contiguous().numpy()
     return changed
 
 
@@ -146,12 +146,13 @@ def _recolour(pictures: Tensor, view: View) -> Tensor:
     """Brightness, contrast and saturation at once: each is an affine map of the colour, so one product does."""
     if view.brightness == view.contrast == view.saturation == 1.0:
         return pictures
+    colours = pictures.contiguous().float().flatten(2)
     luma = torch.tensor(LUMA)
     blend = view.saturation * torch.eye(3) + (1.0 - view.saturation) * luma[None]
-    mean = (pictures.mean(dim=(0, 2, 3)) * luma).sum()
     matrix = view.brightness * view.contrast * blend
-    offset = view.brightness * (1.0 - view.contrast) * mean
-    return torch.einsum("oc,nchw->nohw", matrix, pictures) + offset
+    offset = view.brightness * (1.0 - view.contrast) * (colours.mean(dim=(0, 2)) @ luma)
+    changed = torch.baddbmm(offset.expand(len(colours), 3, 1), matrix.expand(len(colours), 3, 3), colours)
+    return changed.round_().clamp_(0.0, 255.0).to(torch.uint8).reshape(pictures.shape)
 
 
 def _noise(count: int, colour: float, random: np.random.Generator) -> NDArray[np.float32]:

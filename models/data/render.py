@@ -116,7 +116,7 @@ class Renderer:
             pair = () if config.lookback_ms is None else (2,)
             frames = np.zeros((config.frames, *pair, *stretch.images.shape[1:]), np.uint8)
             mask = np.zeros(config.frames, np.float32)
-            frames[-1], mask[-1] = change_frames(stretch.images[0], view), 1.0
+            frames[-1], mask[-1] = change_frames(np.array(stretch.images[0]), view), 1.0
             return frames, mask
         start_ns, length_ns = place(window, view, self._window_ns)
         lookback_ms = config.lookback_ms
