@@ -31,6 +31,10 @@ class GraphLoadError(EngineError):
     """A backend refused to load or compile a graph."""
 
 
+class ConversionError(EngineError):
+    """A graph cannot be converted to another precision, or what it is converted to cannot be kept."""
+
+
 class ParityMissing(EngineError):
     """The pack carries no parity report for the engine that was asked for."""
 

@@ -22,6 +22,8 @@ from engines.types import Array, Engine, Tensors
 from export.clips import RawWindow, default_clips, open_recording, windows_of
 
 _log = logging.getLogger(__name__)
+GraphBatches = tuple[str, list[Tensors], list[Mapping[str, Array]]]
+"""A graph's name, what the engine is given, and what the reference gave."""
 
 
 def run_parity(
@@ -43,29 +45,18 @@ def run_parity(
     Raises ``ManifestError`` when a graph has no reference, ``ParityMissing`` when the clips cannot be used.
     """
     manifest = read_manifest(folder)
-    if missing := {graph.name for graph in manifest.graphs} - references.keys():
-        raise ManifestError(f"pack {manifest.name}: no reference for graphs {sorted(missing)}; give one for each")
-    recordings = [open_recording(path) for path in clips or default_clips()]
-    windows = {branch.name: windows_of(recordings, branch, windows_per_clip) for branch in manifest.branches}
-    cases = {
-        branch.name: [_case(manifest, branch, references, window) for clip in windows[branch.name] for window in clip]
-        for branch in manifest.branches
-    }
-    task = _Task(folder, manifest, cases, batch_sizes)
+    trial = Trial.on_clips(folder, manifest, references, clips, windows_per_clip, batch_sizes)
     entries = [
         entry
         for backend in backends.installed("cpu")
         for precision in manifest.parity_bounds
-        for entry in _measure_backend(task, backend, EngineOptions(precision=precision, threads=threads))
+        for entry in trial.measure_backend(backend, EngineOptions(precision=precision, threads=threads))
     ]
     report = ParityReport(
         pack=manifest.name,
         reference=reference_name or f"torch {metadata.version('torch')}",
         machine=cpu_model(),
-        clips=tuple(
-            ClipUsed(name=clip.path.name, sha256=clip.sha256, windows=sum(len(cut[n]) for cut in windows.values()))
-            for n, clip in enumerate(recordings)
-        ),
+        clips=trial.clips,
         entries=tuple(entries),
     )
     write_parity(folder, report)
@@ -73,7 +64,7 @@ def run_parity(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Case:
+class Case:
     """One window, and what the reference makes of it."""
 
     inputs: dict[str, Array]
@@ -94,48 +85,115 @@ class _Case:
         return {**self.inputs, "features": features[None].astype(np.float32)}
 
 
-def _case(manifest: Manifest, branch: Branch, references: Mapping[str, Reference], window: RawWindow) -> _Case:
+def _case(manifest: Manifest, branch: Branch, references: Mapping[str, Reference], window: RawWindow) -> Case:
     judge, graph = references[branch.graph], manifest.graph(branch.graph)
-    case = _Case(window.tensors(), {}, {})
+    case = Case(window.tensors(), {}, {})
     if branch.encoder is None:
-        return _Case(case.inputs, {}, judge(_only(case.inputs, graph)))
+        return Case(case.inputs, {}, judge(_only(case.inputs, graph)))
     features = references[branch.encoder](case.pictures)
-    return _Case(case.inputs, features, judge(_only(case.with_features(features), graph)))
+    return Case(case.inputs, features, judge(_only(case.with_features(features), graph)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Task:
+class Trial:
+    """Windows of real clips, and what the reference makes of them: what engines are tried on."""
+
     folder: Path
+    """Of the pack."""
     manifest: Manifest
-    cases: Mapping[str, Sequence[_Case]]
+    """Of the pack."""
+    cases: Mapping[str, Sequence[Case]]
     """By branch."""
+    clips: tuple[ClipUsed, ...]
+    """Where the windows come from."""
     batch_sizes: Sequence[int]
+    """What engines are timed at."""
 
+    @classmethod
+    def on_clips(
+        cls,
+        folder: Path,
+        manifest: Manifest,
+        references: Mapping[str, Reference],
+        clips: Sequence[Path],
+        windows_per_clip: int,
+        batch_sizes: Sequence[int] = (),
+    ) -> Trial:
+        """Cut windows from the clips (none given: those that every user can get) and run the reference on them.
 
-def _measure_backend(task: _Task, backend: str, options: EngineOptions) -> list[GraphParity]:
-    try:
-        engines = load_engines(task.folder, task.manifest, backend, options)
-    except BackendUnavailable as error:
-        _log.info("not measured: %s", error)
-        return []
-    version = backends.adapter(backend).version()
-    entries: dict[str, GraphParity] = {}
-    for branch in task.manifest.branches:
-        for graph, inputs, expected in _batches(task.manifest, branch, engines, task.cases[branch.name]):
-            if graph not in entries:
-                entries[graph] = measure(
-                    engines[graph],
-                    inputs,
-                    expected,
-                    manifest=task.manifest,
-                    backend_version=version,
-                    threads=options.threads,
-                    batch_sizes=task.batch_sizes,
-                )
-                _report(entries[graph])
-    for engine in engines.values():
-        engine.close()
-    return list(entries.values())
+        Raises ``ManifestError`` when a graph has no reference, ``ParityMissing`` when the clips cannot be used.
+        """
+        if missing := {graph.name for graph in manifest.graphs} - references.keys():
+            raise ManifestError(f"pack {manifest.name}: no reference for graphs {sorted(missing)}; give one for each")
+        recordings = [open_recording(path) for path in clips or default_clips()]
+        windows = {branch.name: windows_of(recordings, branch, windows_per_clip) for branch in manifest.branches}
+        cases = {
+            branch.name: [_case(manifest, branch, references, one) for clip in windows[branch.name] for one in clip]
+            for branch in manifest.branches
+        }
+        used = tuple(
+            ClipUsed(name=clip.path.name, sha256=clip.sha256, windows=sum(len(cut[n]) for cut in windows.values()))
+            for n, clip in enumerate(recordings)
+        )
+        return cls(folder, manifest, cases, used, batch_sizes)
+
+    def measure_backend(self, backend: str, options: EngineOptions) -> list[GraphParity]:
+        """Every graph on one backend; none where it is not available at this precision.
+
+        Raises what ``engines.open.load_engines`` raises besides, and ``InferenceError``.
+        """
+        try:
+            engines = load_engines(self.folder, self.manifest, backend, options)
+        except BackendUnavailable as error:
+            _log.info("not measured: %s", error)
+            return []
+        try:
+            return self.measure_engines(engines, backends.adapter(backend).version(), options.threads)
+        finally:
+            for engine in engines.values():
+                engine.close()
+
+    def measure_engines(self, engines: Mapping[str, Engine], version: str, threads: int = 1) -> list[GraphParity]:
+        """Every graph on engines that are loaded. Raises ``InferenceError``."""
+        entries: dict[str, GraphParity] = {}
+        for branch in self.manifest.branches:
+            for graph, inputs, expected in self._batches(branch, engines):
+                if graph not in entries:
+                    entries[graph] = measure(
+                        engines[graph],
+                        inputs,
+                        expected,
+                        manifest=self.manifest,
+                        backend_version=version,
+                        threads=threads,
+                        batch_sizes=self.batch_sizes,
+                    )
+                    _report(entries[graph])
+        return list(entries.values())
+
+    def inputs(self) -> dict[str, list[Tensors]]:
+        """What the reference was given, by graph: one batch for each window."""
+        found: dict[str, list[Tensors]] = {}
+        for branch in self.manifest.branches:
+            graph, cases = self.manifest.graph(branch.graph), self.cases[branch.name]
+            if branch.encoder is None:
+                found.setdefault(branch.graph, [_only(case.inputs, graph) for case in cases])
+            else:
+                found.setdefault(branch.encoder, [case.pictures for case in cases])
+                found.setdefault(branch.graph, [_only(case.with_features(case.features), graph) for case in cases])
+        return found
+
+    def _batches(self, branch: Branch, engines: Mapping[str, Engine]) -> Iterator[GraphBatches]:
+        """Inputs and expected outputs of each graph of a branch, one batch for each window."""
+        cases, graph = self.cases[branch.name], self.manifest.graph(branch.graph)
+        outputs = [case.outputs for case in cases]
+        if branch.encoder is None:
+            yield branch.graph, [_only(case.inputs, graph) for case in cases], outputs
+            return
+        yield branch.encoder, [case.pictures for case in cases], [case.features for case in cases]
+        encoder = engines[branch.encoder]
+        own = [_only(case.with_features(encoder.infer(case.pictures)), graph) for case in cases]
+        yield branch.graph, own, outputs
 
 
 def _report(entry: GraphParity) -> None:
@@ -143,25 +201,6 @@ def _report(entry: GraphParity) -> None:
     verdict = "passed" if entry.passed else "over its bound"
     engine = f"{entry.graph} on {entry.backend} {entry.precision}"
     _log.log(level, "parity: %s %s, max error %.3g", engine, verdict, entry.max_abs_error)
-
-
-GraphBatches = tuple[str, list[Tensors], list[Mapping[str, Array]]]
-"""A graph's name, what the engine is given, and what the reference gave."""
-
-
-def _batches(
-    manifest: Manifest, branch: Branch, engines: Mapping[str, Engine], cases: Sequence[_Case]
-) -> Iterator[GraphBatches]:
-    """Inputs and expected outputs of each graph of a branch, one batch for each window."""
-    outputs = [case.outputs for case in cases]
-    graph = manifest.graph(branch.graph)
-    if branch.encoder is None:
-        yield branch.graph, [_only(case.inputs, graph) for case in cases], outputs
-        return
-    yield branch.encoder, [case.pictures for case in cases], [case.features for case in cases]
-    encoder = engines[branch.encoder]
-    own = [_only(case.with_features(encoder.infer(case.pictures)), graph) for case in cases]
-    yield branch.graph, own, outputs
 
 
 def _only(inputs: Mapping[str, Array], graph: GraphSpec) -> Tensors:
