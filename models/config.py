@@ -202,6 +202,9 @@ class OptimConfig(Strict):
     precision: Literal["no", "fp16", "bf16"] = "no"
     ema: Fraction01 = 0.999
     """Decay of the averaged weights that are evaluated and kept; 0 keeps the last."""
+    keep: Literal["best", "last"] = "best"
+    """Which weights are stored: the best by validation score, or the last. ``last`` leaves the validation rows out of
+    the choice, so that they may be reported (cross-validation)."""
     patience: Positive | None = None
     """Epochs without a better validation score after which training ends."""
     checkpoint_steps: Positive = 200

@@ -247,7 +247,7 @@ class _Run:
             return
         for name, value in {**measures, "score": float(score)}.items():
             writer.add_scalar(f"val/{name}", value, state.step)
-        if better:
+        if better or config.optim.keep == "last":
             save_tensors(self.checkpoints.folder / BEST_FILE, self._evaluated().state_dict())
         self._write_history()
 
