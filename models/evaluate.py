@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoint import load_model
+from models.checkpoint import load_model, read_card
 from models.config import DataConfig
 from models.data.dataset import ClipDataset
 from models.data.manifest import Split, read_manifest
@@ -16,6 +16,7 @@ from models.measures import DRAWS, flat, measure
 from models.predict import predict
 from models.progress import Report
 from models.report import HISTORY_FILE, read_history, write_report
+from models.scored import Scored
 from models.scoring import chosen_rows, known_of, shown
 
 BATCH = 16
@@ -43,6 +44,38 @@ def evaluate_checkpoint(
     Raises ``WeightsError`` when the folder holds no whole model, ``DataError`` naming file and line of a row that
     cannot be used, ``ModelError`` when the report cannot be written.
     """
+    card = read_card(folder)
+    scored, split, windows = _score(folder, manifest, split, root, cache, device, report)
+    if out is None:
+        return flat(measure(scored, draws))
+    about = {
+        "model": card.name,
+        "weights": card.weights_sha256[:12],
+        "manifest": manifest.name,
+        "split": split,
+        "windows": str(windows),
+    }
+    history = read_history(folder / HISTORY_FILE)
+    return write_report(out, scored, title=f"Report: {card.name}", about=about, history=history, draws=draws)
+
+
+def score_checkpoint(
+    folder: Path, manifest: Path, *, split: Split | None = None, root: Path | None = None, cache: Path | None = None
+) -> Scored:
+    """The scores that ``evaluate_checkpoint`` measures."""
+    return _score(folder, manifest, split, root, cache, None, _quiet)[0]
+
+
+def _score(
+    folder: Path,
+    manifest: Path,
+    split: Split | None,
+    root: Path | None,
+    cache: Path | None,
+    device: str | None,
+    report: Report | None,
+) -> tuple[Scored, Split, int]:
+    """Scores, the split they are of, and the number of windows."""
     model, card, tokenizer = load_model(folder)
     table = read_manifest(manifest, card.model.heads, root, every_class=False)
     split, rows = chosen_rows(table, split)
@@ -66,15 +99,8 @@ def evaluate_checkpoint(
             device=place,
             advance=lambda done, total: progress("score", done, total, None),
         )
-    scored = answers.scored(card.calibration)
-    if out is None:
-        return flat(measure(scored, draws))
-    about = {
-        "model": card.name,
-        "weights": card.weights_sha256[:12],
-        "manifest": manifest.name,
-        "split": split,
-        "windows": str(len(windows)),
-    }
-    history = read_history(folder / HISTORY_FILE)
-    return write_report(out, scored, title=f"Report: {card.name}", about=about, history=history, draws=draws)
+    return answers.scored(card.calibration), split, len(windows)
+
+
+def _quiet(stage: str, done: int, total: int, loss: float | None) -> None:
+    """Shows nothing."""
