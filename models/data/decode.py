@@ -17,6 +17,7 @@ from av.audio.frame import AudioFrame
 from av.audio.resampler import AudioResampler
 from av.container import InputContainer
 from av.packet import Packet
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
@@ -73,7 +74,7 @@ def probe(path: Path) -> MediaInfo:
     """Look through a file's packets without decoding. Raises ``DataError`` when it is broken or holds neither."""
     try:
         with av.open(str(path)) as container:
-            video, audio = container.streams.video[:1], container.streams.audio[:1]
+            video, audio = _pictures(container), container.streams.audio[:1]
             if not video and not audio:
                 raise DataError(f"{path} holds neither pictures nor sound; take it out of the manifest or replace it")
             still = bool(video) and ("_pipe" in container.format.name or container.format.name == "image2")
@@ -83,6 +84,12 @@ def probe(path: Path) -> MediaInfo:
     except (av.error.FFmpegError, OSError) as error:
         raise _unreadable(path, error) from error
     return MediaInfo(bool(video), bool(audio), False, duration_ns)
+
+
+def _pictures(container: InputContainer) -> list[VideoStream]:
+    """The video stream, if there is one; a song's cover is none."""
+    streams = container.streams.video[:1]
+    return [stream for stream in streams if not stream.disposition & Disposition.attached_pic]
 
 
 def _duration(path: Path, container: InputContainer, stream: av.stream.Stream) -> int:
@@ -113,8 +120,7 @@ def read_stretch(path: Path, size: tuple[int, int] | None, start_ns: int, end_ns
     audio_start_ns = max(0, start_ns)
     try:
         with av.open(str(path)) as container:
-            if container.streams.video:
-                stream = container.streams.video[0]
+            for stream in _pictures(container):
                 interval_ns = _interval_ns(stream)
                 origin_ns, frames = _from(container, stream, start_ns)
                 if size is not None:

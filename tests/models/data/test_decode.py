@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -154,6 +155,26 @@ def test_what_files_hold(data: Path, make_clip, tmp_path: Path) -> None:
     assert abs(sound.duration_ns - 5 * NS_PER_S) < 10 * MS
     picture = probe(next((data / "segmentation" / "camvid" / "val" / "images").iterdir()))
     assert (picture.video, picture.audio, picture.still, picture.duration_ns) == (True, False, True, 0)
+
+
+def test_a_cover_is_no_video(make_picture, tmp_path: Path) -> None:
+    path = tmp_path / "song.mp3"
+    cover = make_picture(tmp_path / "cover.png", np.zeros((16, 16, 3), np.uint8))
+    with av.open(str(path), "w") as container, av.open(str(cover)) as picture:
+        sound = container.add_stream("mp3", rate=16_000, layout="mono")
+        image = container.add_stream_from_template(picture.streams.video[0])
+        image.disposition = Disposition.attached_pic
+        packet = next(picture.demux(video=0))
+        packet.stream = image
+        container.mux(packet)
+        frame = av.AudioFrame.from_ndarray(np.full((1, 16_000), 0.1, np.float32), "fltp", "mono")
+        frame.sample_rate, frame.pts = 16_000, 0
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
+    with av.open(str(path)) as container:
+        assert container.streams.video, "the file should have a cover"
+    assert not probe(path).video and probe(path).duration_ns > NS_PER_S // 2
+    assert read_stretch(path, (16, 16), 0, NS_PER_S, sound=True).images.shape[0] == 0
 
 
 LENGTHS = st.integers(1, 60_000)
