@@ -125,7 +125,8 @@ def plot_reliability(path: Path, found: Reliability, *, what: str) -> bool:
     full = found.count > 0
     top.bar(centres[full], found.correct[full], width=width[full] * 0.92, color=COLOURS[5], label="observed")
     top.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--", label="as sure as right")
-    top.plot(found.confidence[full], found.correct[full], "o", color=COLOURS[1], markersize=4, label="mean of the bin")
+    dots = {"color": COLOURS[1], "markersize": 4, "clip_on": False, "label": "mean of the bin"}
+    top.plot(found.confidence[full], found.correct[full], "o", **dots)
     top.set_ylim(0, 1)
     top.set_ylabel("share that is right")
     top.set_title(f"expected calibration error {found.error:.3f}", loc="left", fontsize=10)

@@ -134,7 +134,7 @@ def _label_section(folder: Path, scored: Scored, head: LabelScores, measures: Se
     if head.multi_label:
         lines += ["Precision, recall and F1 are at the thresholds where events start (a half where there is none).", ""]
     if absent := [label for label in head.labels if label not in support]:
-        lines += [f"Not in the manifest: {', '.join(absent)}.", ""]
+        lines += ["Not in the manifest: " + ", ".join(f"`{label}`" for label in absent) + ".", ""]
     lines += _label_pictures(folder, head, present, [by_label[label, "auc"] for label in present])
     return lines + _mistakes(scored, head)
 

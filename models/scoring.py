@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,11 +54,12 @@ def scored_rows(manifest: Manifest, rows: Sequence[Row]) -> tuple[ScoredRow, ...
 
 
 def _name(row: Row, folder: Path) -> str:
-    path = row.path.relative_to(folder) if row.path.is_relative_to(folder) else Path(*row.path.parts[-2:])
+    path, base = Path(os.path.normpath(row.path)), Path(os.path.normpath(folder))
+    shown = path.relative_to(base) if path.is_relative_to(base) else Path(*path.parts[-3:])
     if row.start is None and row.end is None:
-        return path.as_posix()
+        return shown.as_posix()
     end = "end" if row.end is None else f"{row.end:g} s"
-    return f"{path.as_posix()} [{row.start or 0:g} to {end}]"
+    return f"{shown.as_posix()} [{row.start or 0:g} to {end}]"
 
 
 def known_of(row: Row, head: HeadConfig) -> bool:
