@@ -1,0 +1,67 @@
+"""Any trained model to a pack: what it is decides which adapter reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from engines.manifest import Manifest
+from export.adapters import checkpoint, onnx_file, transformers
+from export.adapters import torchvision as vision
+from export.adapters.common import ExportOptions
+from export.adapters.module import module_pack
+from export.build import ExportError, PackToWrite, Progress, write_pack
+from models.checkpoint import CARD_FILE
+from models.errors import ModelError
+
+
+def export_model(
+    what: str,
+    out: Path,
+    *,
+    options: ExportOptions | None = None,
+    clips: Sequence[Path] | None = (),
+    progress: Progress = lambda line: None,
+) -> Manifest:
+    """Write the pack of a trained model into ``out`` (made if need be), with parity measured on ``clips``.
+
+    ``what`` is a folder of ``sightwire train`` or of transformers' ``save_pretrained``, an ``.onnx`` file, a name of
+    a torchvision model (``r3d_18`` or ``torchvision:r3d_18``), or ``package.module:factory``. ``clips`` as
+    ``export.build.write_pack``. Nothing is written before the model is known to be usable.
+
+    Raises ``ExportError`` saying what is wrong or still to be stated, ``engines.errors.ParityMissing`` when the clips
+    cannot be used.
+    """
+    progress(f"reading {what}")
+    try:
+        pack = read_model(what, options or ExportOptions())
+    except ModelError as error:
+        raise ExportError(str(error)) from error
+    return write_pack(pack, out, clips=clips, progress=progress)
+
+
+def read_model(what: str, options: ExportOptions) -> PackToWrite:
+    """A model as a pack, before anything is written. Raises ``ExportError`` or ``ModelError``."""
+    path = Path(what).expanduser()
+    if path.suffix == ".onnx":
+        return onnx_file.onnx_pack(path, options)
+    if path.is_dir():
+        return _read_folder(path, options)
+    if what.startswith(vision.PREFIX):
+        return vision.torchvision_pack(what, options)
+    if ":" in what:
+        return module_pack(what, options)
+    if path.name == what and vision.is_name(what):
+        return vision.torchvision_pack(what, options)
+    raise ExportError(f"no model {what!r}; give a folder, an .onnx file, a name of torchvision, or module:factory")
+
+
+def _read_folder(folder: Path, options: ExportOptions) -> PackToWrite:
+    if checkpoint.is_folder(folder):
+        return checkpoint.checkpoint_pack(folder, options)
+    if transformers.is_folder(folder):
+        return transformers.transformers_pack(folder, options)
+    raise ExportError(
+        f"{folder} has neither {CARD_FILE} (of `sightwire train`) nor {transformers.CONFIG_FILE} "
+        "(of transformers); name the folder that has"
+    )
