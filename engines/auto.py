@@ -1,4 +1,4 @@
-"""Backend ``auto``: the fastest that passes parity, measured once per machine and remembered."""
+"""Backend ``auto``: for each graph the fastest that passes parity, measured once per machine and remembered."""
 
 from __future__ import annotations
 
@@ -9,35 +9,49 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from engines import backends
 from engines.backends import EngineOptions, first_line
 from engines.cache import write_atomically
 from engines.errors import BackendUnavailable, EngineError, GraphLoadError, ParityFailed, ParityMissing
 from engines.machine import machine_id
-from engines.manifest import Manifest, Mode, read_manifest
+from engines.manifest import GraphSpec, Manifest, Mode, read_manifest
 from engines.measure import random_batch, time_batch
-from engines.parity import ParityReport, check_parity
+from engines.parity import ParityReport, check_graph_parity
 from engines.split import in_parts
 
 _log = logging.getLogger(__name__)
 _BATCHES = (1, 4)
 _REPEATS = 7
 _TIMEOUT_S = 120
+_EXACTNESS = ("fp32", "fp16", "bf16", "int8")
+"""Precisions, the most exact first."""
+_MIXED_GAIN = 0.9
+"""Two libraries in one process cost memory: graphs run on different ones only where that saves a tenth of the time."""
+
+Candidate = tuple[str, str]
+"""Backend and precision."""
+Times = Mapping[str, Mapping[int, float]]
+"""Median milliseconds of a call, by graph and batch size."""
+_TIMES = TypeAdapter(dict[str, dict[int, float]])
 
 
-class _Choice(BaseModel):
+class Choice(BaseModel):
+    """What runs each graph, and the measurements that say so."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    backend: str
-    ms_per_second: dict[str, float]
-    """Engine time per second of one source's media, by backend: what the choice was made by."""
+    graphs: dict[str, Candidate]
+    """Backend and precision by graph."""
+    ms: dict[str, dict[str, dict[int, float]]]
+    """Median milliseconds of a call by candidate, graph and batch size."""
 
 
-def fastest_backend(
+def fastest(
     folder: Path,
     manifest: Manifest,
     report: ParityReport | None,
@@ -45,36 +59,46 @@ def fastest_backend(
     *,
     require_parity: bool = True,
     cache: Path | None,
-) -> str:
-    """Name of the installed backend that runs the pack fastest with these options on this machine.
+) -> dict[str, Candidate]:
+    """For each graph the installed backend, and the precision, that run it fastest on this machine.
 
-    A single candidate is taken without measuring. Raises ``ParityMissing`` or ``ParityFailed`` when no
-    installed backend passes, ``BackendUnavailable`` when none can load the pack. Without ``cache`` nothing
-    is remembered.
+    ``options.precision`` is the least exact that may be taken: a more exact one that is as fast is taken instead. A
+    single candidate is taken without measuring. Raises ``ParityMissing`` or ``ParityFailed`` when a graph passes on
+    no installed backend, ``BackendUnavailable`` when none can load it. Without ``cache`` nothing is remembered.
     """
     versions = backends.installed(options.device)
-    candidates = _passing(manifest, report, options.precision, versions) if require_parity else list(versions)
-    if not candidates:
+    if not versions:
         raise BackendUnavailable("no backend is installed; pip install onnxruntime")
+    allowed = {
+        graph.name: _passing(manifest, graph, report, options.precision, tuple(versions))
+        if require_parity
+        else [(backend, options.precision) for backend in versions]
+        for graph in manifest.graphs
+    }
+    candidates = list(dict.fromkeys(candidate for found in allowed.values() for candidate in found))
     if len(candidates) == 1:
-        return candidates[0]
+        return {graph.name: candidates[0] for graph in manifest.graphs}
     path = None
     if cache is not None:
-        path = cache / "auto" / f"{_key(manifest, options, {name: versions[name] for name in candidates})}.json"
-        if (remembered := _recall(path)) in candidates:
+        path = cache / "auto" / f"{_key(manifest, options, versions, candidates)}.json"
+        if (remembered := _recall(path, allowed)) is not None:
             return remembered
-    choice = _measure(folder, manifest, options, candidates)
+    choice = _measure(folder, manifest, options, allowed, candidates)
     if path is not None:
         _remember(path, choice)
-    return choice.backend
+    return choice.graphs
 
 
-def _passing(manifest: Manifest, report: ParityReport | None, precision: str, versions: dict[str, str]) -> list[str]:
+def _passing(
+    manifest: Manifest, graph: GraphSpec, report: ParityReport | None, precision: str, installed: Sequence[str]
+) -> list[Candidate]:
+    """What may run a graph; the asked precision first. Raises ``ParityMissing`` or ``ParityFailed`` if nothing may."""
+    exact = _EXACTNESS[: _EXACTNESS.index(precision) + 1] if precision in _EXACTNESS else (precision,)
     passing, refusal = [], None
-    for backend in versions:
+    for candidate in ((backend, one) for one in reversed(exact) for backend in installed):
         try:
-            check_parity(report, manifest, backend, precision)
-            passing.append(backend)
+            check_graph_parity(report, manifest, graph, *candidate)
+            passing.append(candidate)
         except (ParityMissing, ParityFailed) as error:
             refusal = refusal or error
     if not passing and refusal is not None:
@@ -82,27 +106,68 @@ def _passing(manifest: Manifest, report: ParityReport | None, precision: str, ve
     return passing
 
 
-def _measure(folder: Path, manifest: Manifest, options: EngineOptions, candidates: list[str]) -> _Choice:
-    times: dict[str, float] = {}
+def _measure(
+    folder: Path,
+    manifest: Manifest,
+    options: EngineOptions,
+    allowed: Mapping[str, Sequence[Candidate]],
+    candidates: Sequence[Candidate],
+) -> Choice:
+    times: dict[Candidate, Times] = {}
     failure: EngineError | None = None
-    for backend in candidates:
+    for candidate in candidates:
+        graphs = [graph for graph, found in allowed.items() if candidate in found]
         try:
-            times[backend] = _measure_apart(folder, manifest, backend, options)
+            times[candidate] = _measure_apart(folder, manifest, candidate, graphs, options)
         except EngineError as error:
             failure = error
             _log.warning("%s", error)
-    if not times:
+    graphs_left = [graph for graph, found in allowed.items() if not times.keys() & set(found)]
+    if graphs_left:
         raise failure or BackendUnavailable(f"pack {manifest.name}: no backend could be measured")
-    best = min(times, key=lambda name: times[name])
-    _log.info("pack %s: backend %s is the fastest here (ms per second of media: %s)", manifest.name, best, times)
-    return _Choice(backend=best, ms_per_second=times)
+    chosen = choose(times, calls_per_second(manifest), allowed)
+    _log.info("pack %s: fastest here: %s", manifest.name, ", ".join(f"{g} {b} {p}" for g, (b, p) in chosen.items()))
+    return Choice(graphs=chosen, ms={" ".join(c): {g: dict(t) for g, t in found.items()} for c, found in times.items()})
 
 
-def _measure_apart(folder: Path, manifest: Manifest, backend: str, options: EngineOptions) -> float:
+def choose(
+    times: Mapping[Candidate, Times], rates: Mapping[str, float], allowed: Mapping[str, Sequence[Candidate]]
+) -> dict[str, Candidate]:
+    """The fastest candidate for each graph; one backend for all of them unless several save a tenth of the time.
+
+    ``rates`` says how often each graph runs. A tie goes to the more exact precision.
+    """
+
+    def cost(graph: str, candidate: Candidate) -> float:
+        per_item = [ms / batch for batch, ms in times[candidate][graph].items()]
+        return rates.get(graph, 1.0) * statistics.mean(per_item)
+
+    def best(graph: str, backend: str | None = None) -> Candidate | None:
+        usable = [c for c in allowed[graph] if c in times and graph in times[c] and backend in (None, c[0])]
+        return min(usable, key=lambda c: (cost(graph, c), _EXACTNESS.index(c[1])), default=None)
+
+    def of(backend: str | None) -> dict[str, Candidate]:
+        found = {graph: best(graph, backend) for graph in allowed}
+        return {graph: candidate for graph, candidate in found.items() if candidate is not None}
+
+    def total(picks: Mapping[str, Candidate]) -> float:
+        return sum(cost(graph, candidate) for graph, candidate in picks.items())
+
+    mixed = of(None)
+    whole = [picks for backend in dict.fromkeys(b for b, _ in times) if len(picks := of(backend)) == len(allowed)]
+    single = min(whole, key=total, default=None)
+    return mixed if single is None or total(mixed) < _MIXED_GAIN * total(single) else single
+
+
+def _measure_apart(
+    folder: Path, manifest: Manifest, candidate: Candidate, graphs: Sequence[str], options: EngineOptions
+) -> Times:
     """Measure in a process of its own: the library of a backend that is not chosen would stay in memory."""
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    request = [str(folder.resolve()), backend, options.precision, str(options.threads), options.device]
+    backend, precision = candidate
+    compiled = "" if options.cache_dir is None else str(options.cache_dir)
+    request = [str(folder.resolve()), backend, precision, str(options.threads), options.device, compiled, *graphs]
     try:
         done = subprocess.run(
             [sys.executable, "-m", "engines.auto", *request],
@@ -112,27 +177,30 @@ def _measure_apart(folder: Path, manifest: Manifest, backend: str, options: Engi
             timeout=_TIMEOUT_S,
             check=True,
         )
-        return float(done.stdout)
+        return _TIMES.validate_json(done.stdout)
     except subprocess.CalledProcessError as error:
         cause = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         cause = first_line(error)
-    raise GraphLoadError(f"pack {manifest.name}: backend {backend} cannot be measured: {cause}; choose a backend")
+    raise GraphLoadError(
+        f"pack {manifest.name}: backend {backend} cannot be measured in {precision}: {cause}; choose a backend"
+    )
 
 
-def ms_per_second(folder: Path, manifest: Manifest, backend: str, options: EngineOptions) -> float:
-    """Engine milliseconds that one second of one source costs, mean over batch sizes. Raises an ``EngineError``."""
-    total = 0.0
-    for name, rate in calls_per_second(manifest).items():
+def measure_graphs(
+    folder: Path, manifest: Manifest, backend: str, graphs: Sequence[str], options: EngineOptions
+) -> dict[str, dict[int, float]]:
+    """Median milliseconds of a call, by graph and batch size. Raises an ``EngineError``."""
+    times: dict[str, dict[int, float]] = {}
+    for name in graphs:
         graph = manifest.graph(name)
         loaded = backends.load(folder / graph.file, manifest.name, graph, backend, options)
         engine = in_parts(loaded, graph, options.device)
         try:
-            per_item = [time_batch(engine, random_batch(graph, n), _REPEATS).p50_ms / n for n in _BATCHES]
+            times[name] = {n: time_batch(engine, random_batch(graph, n), _REPEATS).p50_ms for n in _BATCHES}
         finally:
             engine.close()
-        total += rate * statistics.mean(per_item)
-    return round(total, 3)
+    return times
 
 
 def calls_per_second(manifest: Manifest) -> dict[str, float]:
@@ -145,19 +213,32 @@ def calls_per_second(manifest: Manifest) -> dict[str, float]:
     return rates
 
 
-def _key(manifest: Manifest, options: EngineOptions, versions: dict[str, str]) -> str:
-    parts = [manifest.sha256(), machine_id(), versions, options.precision, options.threads, options.device]
+def _key(
+    manifest: Manifest, options: EngineOptions, versions: Mapping[str, str], candidates: Sequence[Candidate]
+) -> str:
+    parts = [
+        manifest.sha256(),
+        machine_id(),
+        versions,
+        candidates,
+        options.precision,
+        options.threads,
+        options.device,
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _recall(path: Path) -> str | None:
+def _recall(path: Path, allowed: Mapping[str, Sequence[Candidate]]) -> dict[str, Candidate] | None:
+    """A choice made before, if everything in it may still be taken."""
     try:
-        return _Choice.model_validate_json(path.read_bytes()).backend
+        graphs = Choice.model_validate_json(path.read_bytes()).graphs
     except (OSError, ValidationError):
         return None
+    fits = graphs.keys() == allowed.keys() and all(choice in allowed[graph] for graph, choice in graphs.items())
+    return graphs if fits else None
 
 
-def _remember(path: Path, choice: _Choice) -> None:
+def _remember(path: Path, choice: Choice) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, choice.model_dump_json(indent=2).encode())
@@ -165,11 +246,11 @@ def _remember(path: Path, choice: _Choice) -> None:
         _log.warning("cannot remember the choice of backend in %s (%s); it is measured again next time", path, error)
 
 
-def main(folder: str, backend: str, precision: str, threads: str, device: str) -> None:
-    """Print what ``ms_per_second`` finds; exit with the error's message where it fails."""
-    options = EngineOptions(precision=precision, threads=int(threads), device=device)
+def main(folder: str, backend: str, precision: str, threads: str, device: str, compiled: str, *graphs: str) -> None:
+    """Print what ``measure_graphs`` finds; exit with the error's message where it fails."""
+    options = EngineOptions(precision, int(threads), device, Path(compiled) if compiled else None)
     try:
-        print(ms_per_second(Path(folder), read_manifest(Path(folder)), backend, options))
+        print(json.dumps(measure_graphs(Path(folder), read_manifest(Path(folder)), backend, graphs, options)))
     except EngineError as error:
         sys.exit(str(error))
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
 from engines import backends
-from engines.auto import fastest_backend
+from engines.auto import Candidate, fastest
 from engines.backends import EngineOptions
-from engines.cache import user_cache
+from engines.cache import ENGINES_FOLDER, user_cache
 from engines.errors import PackNotFound
 from engines.manifest import MANIFEST_FILE, Manifest, check_integrity, read_manifest
 from engines.parity import check_parity, read_parity
@@ -32,9 +32,9 @@ class LoadedPack:
     sha256: str
     """Identity of its content."""
     backend: str
-    """Backend of its engines."""
+    """Backend of its engines; of several, all joined by ``+``."""
     precision: str
-    """Precision of its engines."""
+    """Precision of its engines; of several, all joined by ``+``. Each engine's ``spec`` has its own."""
     engines: Mapping[str, Engine]
     """Engine by graph name."""
 
@@ -74,10 +74,11 @@ def open_pack(
 ) -> LoadedPack:
     """Load every graph of the pack in ``folder`` on one backend.
 
-    Call it once for each engine thread: engines have one owner. ``auto`` takes the fastest installed
-    backend, measured once on this machine and remembered under ``cache`` (by default the user's cache
-    folder); ``keep_compiled`` keeps compiled engines there too. Engines without passing parity are
-    refused unless ``require_parity`` is off.
+    Call it once for each engine thread: engines have one owner. ``auto`` takes for each graph what is
+    fastest in this precision or a more exact one, measured once on this machine and remembered under
+    ``cache`` (by default the user's cache folder). ``keep_compiled`` keeps compiled engines there too, as
+    is always done for TensorRT, which compiles for seconds. Engines without passing parity are refused
+    unless ``require_parity`` is off.
 
     Raises ``PackNotFound``, ``ManifestError``, ``PackIntegrityError``, ``BackendUnavailable``,
     ``GraphLoadError``, ``ParityMissing`` or ``ParityFailed``.
@@ -86,24 +87,35 @@ def open_pack(
     check_integrity(folder, manifest)
     report = read_parity(folder) if require_parity else None
     cache = cache or user_cache()
-    compiled = cache / "engines" if cache is not None and keep_compiled else None
+    compiled = cache / ENGINES_FOLDER if cache is not None and (keep_compiled or device != "cpu") else None
     options = EngineOptions(precision=precision, threads=threads, device=device, cache_dir=compiled)
     if backend == "auto":
-        backend = fastest_backend(folder, manifest, report, options, require_parity=require_parity, cache=cache)
-    elif require_parity:
-        backends.adapter(backend)
-        check_parity(report, manifest, backend, precision)
-    engines = load_engines(folder, manifest, backend, options)
+        choice = fastest(folder, manifest, report, options, require_parity=require_parity, cache=cache)
+    else:
+        choice = {graph.name: (backend, precision) for graph in manifest.graphs}
+        if require_parity:
+            backends.adapter(backend)
+            check_parity(report, manifest, backend, precision)
+    engines = _load_chosen(folder, manifest, choice, options)
     split = {name: in_parts(engine, manifest.graph(name), device) for name, engine in engines.items()}
-    return LoadedPack(folder, manifest, manifest.sha256(), backend, precision, MappingProxyType(split))
+    chosen, precisions = ("+".join(sorted(set(names))) for names in zip(*choice.values(), strict=True))
+    return LoadedPack(folder, manifest, manifest.sha256(), chosen, precisions, MappingProxyType(split))
 
 
 def load_engines(folder: Path, manifest: Manifest, backend: str, options: EngineOptions) -> dict[str, Engine]:
     """An engine for each graph; if one fails, those loaded before it are closed."""
+    return _load_chosen(folder, manifest, {g.name: (backend, options.precision) for g in manifest.graphs}, options)
+
+
+def _load_chosen(
+    folder: Path, manifest: Manifest, choice: Mapping[str, Candidate], options: EngineOptions
+) -> dict[str, Engine]:
     engines: dict[str, Engine] = {}
     try:
         for graph in manifest.graphs:
-            engines[graph.name] = backends.load(folder / graph.file, manifest.name, graph, backend, options)
+            backend, precision = choice[graph.name]
+            wanted = replace(options, precision=precision)
+            engines[graph.name] = backends.load(folder / graph.file, manifest.name, graph, backend, wanted)
     except BaseException:
         for engine in engines.values():
             engine.close()

@@ -6,6 +6,7 @@ an engine that has none, or whose errors are over the manifest's bounds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -79,6 +80,8 @@ class GraphParity(_Strict):
     """Latency by batch size on the machine that measured."""
     passed: bool
     """Whether it was within the manifest's bounds."""
+    reference: str | None = None
+    """What it was compared with, where that is not the report's reference."""
 
     @property
     def max_abs_error(self) -> float:
@@ -125,28 +128,41 @@ class ParityReport(_Strict):
         return next((e for e in self.entries if (e.graph, e.onnx_sha256, e.backend, e.precision) == key), None)
 
 
-def within_bounds(manifest: Manifest, precision: str, outputs: tuple[OutputParity, ...]) -> str | None:
-    """What is over the manifest's bounds, in words; ``None`` when nothing is."""
+def merged(report: ParityReport, entries: Sequence[GraphParity]) -> ParityReport:
+    """The report with these entries in place of those of the same graphs, backends and precisions."""
+
+    def key(entry: GraphParity) -> tuple[str, str, str]:
+        return entry.graph, entry.backend, entry.precision
+
+    new = {key(entry) for entry in entries}
+    kept = tuple(entry for entry in report.entries if key(entry) not in new)
+    return report.model_copy(update={"entries": (*kept, *entries)})
+
+
+def within_bounds(
+    manifest: Manifest, precision: str, outputs: tuple[OutputParity, ...], *, share: float = 1.0
+) -> str | None:
+    """What is over the manifest's bounds, or over this share of them, in words; ``None`` when nothing is."""
     bounds = {str(name): bound for name, bound in manifest.parity_bounds.items()}
     bound = bounds.get(precision)
     if bound is None:
         return f"the manifest sets no bound for precision {precision}"
-    return next((text for out in outputs if (text := _over(out, precision, bound)) is not None), None)
+    return next((text for out in outputs if (text := _over(out, precision, bound, share)) is not None), None)
 
 
-def _over(out: OutputParity, precision: str, bound: float) -> str | None:
+def _over(out: OutputParity, precision: str, bound: float, share: float) -> str | None:
     """In fp32 rounding is small everywhere, so the largest difference counts. At lower precisions the largest of
     many is chance: what counts is the error over the whole, in units of what the output says."""
-    if out.mask_agreement is not None and out.mask_agreement < MIN_MASK_AGREEMENT[precision]:
-        needed = MIN_MASK_AGREEMENT[precision]
+    needed = 1 - share * (1 - MIN_MASK_AGREEMENT[precision])
+    if out.mask_agreement is not None and out.mask_agreement < needed:
         return f"mask {out.tensor} agrees on {out.mask_agreement:.2%} of pixels, at least {needed:.1%} are needed"
     if out.max_abs_error is None:
         return None
     if precision == "fp32":
-        return _beyond(out.tensor, out.max_abs_error, "", bound)
+        return _beyond(out.tensor, out.max_abs_error, "", bound * share)
     if out.relative_error is None:
         return f"the report has no relative error of output {out.tensor}"
-    return _beyond(out.tensor, out.relative_error, " of its standard deviation", bound)
+    return _beyond(out.tensor, out.relative_error, " of its standard deviation", bound * share)
 
 
 def _beyond(tensor: str, error: float, unit: str, bound: float) -> str | None:
@@ -157,22 +173,32 @@ def _beyond(tensor: str, error: float, unit: str, bound: float) -> str | None:
 def check_parity(report: ParityReport | None, manifest: Manifest, backend: str, precision: str) -> None:
     """Raise unless every graph of the pack has a passing entry for this backend and precision.
 
-    The errors are compared with the bounds again: a report's own verdict is not taken on trust.
     Raises ``ParityMissing`` or ``ParityFailed``.
     """
     for graph in manifest.graphs:
-        where = f"pack {manifest.name}: graph {graph.name} on {backend} {precision}"
-        entry = report.entry(graph, backend, precision) if report is not None else None
-        if entry is None:
-            raise ParityMissing(
-                f"{where} has no parity report; export the pack again with {backend} installed, "
-                "choose another backend, or allow it with require_parity off"
-            )
-        problem = within_bounds(manifest, precision, entry.outputs)
-        if problem is None and not entry.passed:
-            problem = "the report says it did not pass"
-        if problem is not None:
-            raise ParityFailed(f"{where} differs from PyTorch: {problem}; choose another backend or precision")
+        check_graph_parity(report, manifest, graph, backend, precision)
+
+
+def check_graph_parity(
+    report: ParityReport | None, manifest: Manifest, graph: GraphSpec, backend: str, precision: str
+) -> None:
+    """Raise unless this graph has a passing entry for this backend and precision.
+
+    The errors are compared with the bounds again: a report's own verdict is not taken on trust.
+    Raises ``ParityMissing`` or ``ParityFailed``.
+    """
+    where = f"pack {manifest.name}: graph {graph.name} on {backend} {precision}"
+    entry = report.entry(graph, backend, precision) if report is not None else None
+    if entry is None:
+        raise ParityMissing(
+            f"{where} has no parity report; run `sightwire compile` for {backend} {precision}, "
+            "export the pack again with it installed, choose another backend, or allow it with require_parity off"
+        )
+    problem = within_bounds(manifest, precision, entry.outputs)
+    if problem is None and not entry.passed:
+        problem = "the report says it did not pass"
+    if problem is not None:
+        raise ParityFailed(f"{where} differs from PyTorch: {problem}; choose another backend or precision")
 
 
 def read_parity(folder: Path) -> ParityReport | None:

@@ -5,7 +5,7 @@ The pack's own graphs stay as they are; each conversion is one more file, named 
 ``int8`` is static quantisation by QuantizeLinear and DequantizeLinear nodes: activations per tensor, weights per
 channel (Jacob et al., CVPR 2018; Krishnamoorthi, arXiv:1806.08342, 2018). Some nodes stay in float: what leads to a
 logarithm, which turns a small error at a small value into a large one; layers on float inputs, since a few clips do not
-show how large those become; additions of constants; and as many of the first layers as it takes to stay within the
+show how large those become; additions of constants; and as many of the first layers as it takes to stay well within the
 manifest's bound, since what is lost there is lost for good.
 """
 
@@ -50,6 +50,8 @@ _LAYERS = ("Conv", "Gemm", "MatMul")
 # Activations are named so that a layer and its activation become one, with the range of what comes out of both.
 _QUANTISED = (*_LAYERS, "Add", "Clip", "Relu")
 _FLOAT_FIRST = (0, 3, 6, 12, 24)
+_SHARE = 0.75
+"""Of a bound, that a conversion may use up: other clips show other errors."""
 
 
 def add_variants(
@@ -175,7 +177,7 @@ def _over(job: _Job, precision: Precision, expected: Sequence[Mapping[str, Array
         )
         for tensor in job.graph.outputs
     ]
-    return within_bounds(job.manifest, precision, tuple(outputs))
+    return within_bounds(job.manifest, precision, tuple(outputs), share=_SHARE)
 
 
 def _layers(model: onnx.ModelProto) -> list[str]:
@@ -254,9 +256,20 @@ def _write_quantised(job: _Job, variant: Variant, path: Path, floats: Collection
 
 
 def _write_half(model: onnx.ModelProto, path: Path) -> None:
-    """Inputs and outputs keep their types; what leads to a logarithm computes in fp32."""
-    half = convert_float_to_float16(model, keep_io_types=True, node_block_list=sorted(_before_logarithms(model)))
-    _write(half, path)
+    """Inputs and outputs keep their types; what leads to a logarithm, or divides by next to nothing, stays fp32."""
+    floats = _before_logarithms(model) | _with_tiny_constants(model)
+    _write(convert_float_to_float16(model, keep_io_types=True, node_block_list=sorted(floats)), path)
+
+
+def _with_tiny_constants(model: onnx.ModelProto) -> set[str]:
+    """Nodes with a constant that fp16 would make zero (the floor of a divisor, as a rule), and those that use them."""
+    smallest = float(np.finfo(np.float16).tiny)
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    tiny = {n for n, v in values.items() if v.size == 1 and v.dtype == np.float32 and 0 < abs(v.item()) < smallest}
+    first = [node for node in model.graph.node if not tiny.isdisjoint(node.input)]
+    made = {name for node in first for name in node.output}
+    users = [node for node in model.graph.node if not made.isdisjoint(node.input)]
+    return {node.name for node in (*first, *users)}
 
 
 def _write(model: onnx.ModelProto, path: Path) -> None:

@@ -22,6 +22,7 @@ from engines.errors import (
 from engines.manifest import Manifest, TensorSpec, read_manifest, write_manifest
 from engines.measure import random_batch
 from engines.open import find_pack, open_pack
+from engines.parity import merged, read_parity
 from engines.tinypack import REFERENCES
 
 Rehash = Callable[[str], Manifest]
@@ -163,9 +164,11 @@ def test_auto_measures_once_and_remembers(tiny: Path, tmp_path: Path, monkeypatc
     times = {"onnxruntime": 2.0, "openvino": 1.0}
     measured: list[str] = []
 
-    def measure(folder: Path, manifest: Manifest, backend: str, options: backends.EngineOptions) -> float:
-        measured.append(backend)
-        return times[backend]
+    def measure(
+        folder: Path, manifest: Manifest, candidate: auto.Candidate, graphs: list[str], options: backends.EngineOptions
+    ) -> auto.Times:
+        measured.append(candidate[0])
+        return {graph: {1: times[candidate[0]], 4: times[candidate[0]]} for graph in graphs}
 
     monkeypatch.setattr(auto, "_measure_apart", measure)
     assert open_pack(tiny, cache=tmp_path).backend == "openvino"
@@ -182,10 +185,50 @@ def test_auto_measures_once_and_remembers(tiny: Path, tmp_path: Path, monkeypatc
 def test_auto_takes_what_can_be_measured(tiny: Path, tmp_path: Path) -> None:
     """The real measurement, in processes of their own."""
     manifest = read_manifest(tiny)
-    time = auto._measure_apart(tiny, manifest, "onnxruntime", backends.EngineOptions())
-    assert 0 < time < 1000
-    with pytest.raises(GraphLoadError, match="backend tvm cannot be measured: no backend 'tvm'"):
-        auto._measure_apart(tiny, manifest, "tvm", backends.EngineOptions())
+    names = ["watch_encoder", "scene_window"]
+    found = auto._measure_apart(tiny, manifest, ("onnxruntime", "fp32"), names, backends.EngineOptions())
+    assert list(found) == names
+    assert all(0 < ms < 1000 for times in found.values() for ms in times.values())
+    with pytest.raises(GraphLoadError, match="backend tvm cannot be measured in fp32: no backend 'tvm'"):
+        auto._measure_apart(tiny, manifest, ("tvm", "fp32"), names, backends.EngineOptions())
+
+
+FAST, EXACT, OTHER = ("openvino", "bf16"), ("openvino", "fp32"), ("onnxruntime", "fp32")
+
+
+def chosen(times: dict[auto.Candidate, dict[str, float]], **allowed: list[auto.Candidate]) -> dict[str, auto.Candidate]:
+    """What is chosen for graphs ``a`` (run four times as often) and ``b``, by milliseconds at batch 1."""
+    graphs = {"a": allowed.get("a", list(times)), "b": allowed.get("b", list(times))}
+    by_batch = {candidate: {graph: {1: ms} for graph, ms in found.items()} for candidate, found in times.items()}
+    return auto.choose(by_batch, {"a": 4.0, "b": 1.0}, graphs)
+
+
+def test_auto_takes_a_lower_precision_only_where_it_is_faster() -> None:
+    assert chosen({FAST: {"a": 1, "b": 5}, EXACT: {"a": 2, "b": 5}}) == {"a": FAST, "b": EXACT}
+    assert chosen({FAST: {"a": 3, "b": 5}, EXACT: {"a": 2, "b": 4}}) == {"a": EXACT, "b": EXACT}
+
+
+def test_auto_mixes_backends_only_where_it_pays() -> None:
+    assert chosen({EXACT: {"a": 1, "b": 1}, OTHER: {"a": 3, "b": 0.9}}) == {"a": EXACT, "b": EXACT}
+    assert chosen({EXACT: {"a": 1, "b": 4}, OTHER: {"a": 3, "b": 1}}) == {"a": EXACT, "b": OTHER}
+
+
+def test_auto_takes_nothing_that_a_graph_may_not_run_on() -> None:
+    assert chosen({EXACT: {"a": 1, "b": 1}, OTHER: {"a": 9, "b": 9}}, b=[OTHER]) == {"a": EXACT, "b": OTHER}
+
+
+def test_auto_considers_no_precision_below_the_one_asked_for(tiny: Path) -> None:
+    manifest, report = read_manifest(tiny), read_parity(tiny)
+    assert report is not None
+    bf16 = [entry.model_copy(update={"backend": "openvino", "precision": "bf16"}) for entry in report.entries[:3]]
+    manifest = manifest.model_copy(update={"parity_bounds": {"fp32": 1e-3, "bf16": 0.1}})
+    report, graph = merged(report, bf16), manifest.graph("watch_encoder")
+    installed = ["onnxruntime", "openvino"]
+    fp32 = [("onnxruntime", "fp32"), ("openvino", "fp32")]
+    assert set(auto._passing(manifest, graph, report, "fp32", installed)) >= {("onnxruntime", "fp32")}
+    assert FAST not in auto._passing(manifest, graph, report, "fp32", installed)
+    assert auto._passing(manifest, graph, report, "bf16", installed)[0] == FAST
+    assert set(auto._passing(manifest, graph, report, "bf16", installed)) <= {FAST, *fp32}
 
 
 def test_calls_per_second_follow_hops_and_sampling(tiny: Path) -> None:
@@ -224,7 +267,9 @@ def test_a_cache_that_cannot_be_written_only_costs_time(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("openvino")
-    monkeypatch.setattr(auto, "_measure_apart", lambda folder, manifest, backend, options: 1.0)
+    monkeypatch.setattr(
+        auto, "_measure_apart", lambda folder, manifest, candidate, graphs, options: {g: {1: 1.0} for g in graphs}
+    )
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
     assert open_pack(tiny, cache=blocked).backend == "onnxruntime"

@@ -69,7 +69,7 @@ def test_auto_leaves_out_a_backend_that_fails(tiny: Path, tmp_path: Path) -> Non
         return entry.model_copy(update={"outputs": (far,)}) if entry.backend == "onnxruntime" else entry
 
     edit(tiny, spoil)
-    assert open_pack(tiny, cache=tmp_path).backend == "openvino"
+    assert open_pack(tiny, cache=tmp_path).engines["watch_window"].spec.backend == "openvino"
 
 
 def test_a_failed_verdict_is_believed(tiny: Path) -> None:
