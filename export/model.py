@@ -43,21 +43,24 @@ def export_model(
 def read_model(what: str, options: ExportOptions) -> PackToWrite:
     """A model as a pack, before anything is written. Raises ``ExportError`` or ``ModelError``."""
     path = Path(what).expanduser()
+    if options.weights is not None and (path.suffix == ".onnx" or path.is_dir()):
+        raise ExportError(f"{what} holds its own weights; leave {options.weights} out")
     if path.suffix == ".onnx":
         return onnx_file.onnx_pack(path, options)
     if path.is_dir():
         return _read_folder(path, options)
-    if what.startswith(vision.PREFIX):
+    if vision.is_name(what):
         return vision.torchvision_pack(what, options)
     if ":" in what:
         return module_pack(what, options)
-    if path.name == what and vision.is_name(what):
-        return vision.torchvision_pack(what, options)
-    raise ExportError(f"no model {what!r}; give a folder, an .onnx file, a name of torchvision, or module:factory")
+    kinds = "a folder, an .onnx file, a name of torchvision (extra hub), or module:factory"
+    raise ExportError(f"no model {what!r}; give {kinds}")
 
 
 def _read_folder(folder: Path, options: ExportOptions) -> PackToWrite:
     if checkpoint.is_folder(folder):
+        if options.describe is not None:
+            raise ExportError(f"{folder} describes itself; leave {options.describe} out")
         return checkpoint.checkpoint_pack(folder, options)
     if transformers.is_folder(folder):
         return transformers.transformers_pack(folder, options)

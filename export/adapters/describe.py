@@ -12,13 +12,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from engines.manifest import NS_PER_S, AudioInput, Branch, Head, HeadKind, Label, Mode, Name, Threshold, VideoInput
 from export.build import ExportError
-from models.config import Strict, read_config
-from models.errors import ConfigError
+from models.config import Strict
 
 Side = Annotated[int, Field(ge=8, le=4096)]
 Colour = tuple[float, float, float]
@@ -202,10 +202,31 @@ def _head(name: str, head: HeadSpec) -> Head:
     )
 
 
-class _Stated(BaseModel):
-    """A YAML mapping, as it is."""
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.2's truth values only: ``on``, ``off``, ``yes`` and ``no`` are words, as in thresholds and labels."""
 
-    model_config = ConfigDict(extra="allow")
+
+_TRUTH = "tag:yaml.org,2002:bool"
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if tag != _TRUTH]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml.add_implicit_resolver(_TRUTH, re.compile("^(?:true|false)$", re.IGNORECASE), list("tTfF"))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        # The loader is a safe one: it makes plain values only.
+        values = yaml.load(path.read_text(encoding="utf-8"), _Yaml)
+    except FileNotFoundError:
+        raise ExportError(f"no description at {path}; correct the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"{path} cannot be read ({error}); give a YAML file") from error
+    except yaml.YAMLError as error:
+        raise ExportError(f"{path} is not YAML ({' '.join(str(error).split())}); correct it") from error
+    if not isinstance(values, dict):
+        raise ExportError(f"{path} is no mapping; give a YAML file with the keys of a description")
+    return values
 
 
 def read_stated(path: Path | None) -> dict[str, Any]:
@@ -215,10 +236,7 @@ def read_stated(path: Path | None) -> dict[str, Any]:
     """
     if path is None:
         return {}
-    try:
-        stated = dict(read_config(path, _Stated).model_extra or {})
-    except ConfigError as error:
-        raise ExportError(f"{error}; give a YAML file with the keys of a description") from error
+    stated = _read_yaml(path)
     heads = stated.get("heads")
     for name, head in heads.items() if isinstance(heads, dict) else ():
         if isinstance(head, dict) and isinstance(head.get("labels"), str):
@@ -239,8 +257,12 @@ def _read_labels(path: Path, key: str, file: str) -> list[str]:
 def describe(what: str, known: Mapping[str, Any], stated: Mapping[str, Any], path: Path | None) -> Description:
     """A model's description: what its own files say (``known``), and over it what the user states in ``path``.
 
-    Raises ``ExportError`` that says what is still to be stated, or what is wrong.
+    A single head may be stated under another name. Raises ``ExportError`` that says what is still to be stated, or
+    what is wrong.
     """
+    heads, own = stated.get("heads"), known.get("heads", {})
+    if isinstance(heads, Mapping) and len(heads) == len(own) == 1:
+        known = {**known, "heads": dict(zip(heads, own.values(), strict=True))}
     try:
         return Description.model_validate(_merged(known, stated))
     except ValidationError as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -38,28 +40,34 @@ def module_pack(what: str, options: ExportOptions) -> PackToWrite:
     return pack_of(description, file_sha256(options.weights), (wrap(module.eval(), description),))
 
 
+@contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    """As with ``python -m``; a command's own search path lacks it."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
 def build(what: str) -> nn.Module:
     """Call the factory that ``package.module:factory`` names; the current folder is looked in too.
 
     Raises ``ExportError`` when there is none or it does not give a module.
     """
     place, _, name = what.partition(":")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        factory = getattr(importlib.import_module(place), name)
-    except FOREIGN_ERRORS as error:
-        raise ExportError(f"{what} cannot be imported ({first_line(error)}); name module:factory") from error
-    except SyntaxError as error:
-        raise ExportError(f"{what} cannot be imported ({error.msg}, {error.filename}:{error.lineno})") from error
-    finally:
-        sys.path.remove(here)
-    try:
-        module = factory()
-    except FOREIGN_ERRORS as error:
-        raise ExportError(
-            f"{what} cannot be called ({first_line(error)}); name a factory that needs no arguments"
-        ) from error
+    with _current_folder_importable():
+        try:
+            factory = getattr(importlib.import_module(place), name)
+        except SyntaxError as error:
+            raise ExportError(f"{what} cannot be imported ({error.msg}, {error.filename}:{error.lineno})") from error
+        except FOREIGN_ERRORS as error:
+            raise ExportError(f"{what} cannot be imported ({first_line(error)}); name module:factory") from error
+        try:
+            module = factory()
+        except FOREIGN_ERRORS as error:
+            raise ExportError(f"{what} fails ({first_line(error)}); name a factory without arguments") from error
     if not isinstance(module, nn.Module):
         raise ExportError(f"{what} gives {type(module).__name__}, not a torch.nn.Module; name another factory")
     return module

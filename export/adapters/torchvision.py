@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -124,7 +124,7 @@ def _build(name: str, kind: str, classes: int, state: Mapping[str, Tensor]) -> n
 
 
 def is_name(text: str) -> bool:
-    """Whether a text names a model of torchvision rather than a file or a module."""
+    """Whether a text names a model of torchvision; without torchvision nothing does."""
     if text.startswith(PREFIX):
         return True
-    return Path(text).name == text and ":" not in text and text in names()
+    return importlib.util.find_spec("torchvision") is not None and text in names()

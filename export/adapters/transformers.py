@@ -7,6 +7,7 @@ X-CLIP (Ni et al., ECCV 2022), SegFormer (Xie et al., NeurIPS 2021), AST (Gong e
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -289,10 +290,13 @@ class _XClip(nn.Module):
 
 def _xclip_network(folder: Path, model: Any, description: Description) -> nn.Module:
     tokenizer = _load(folder, import_extra("transformers").AutoTokenizer)
-    labels = list(description.heads["action"].labels)
-    tokens = tokenizer(labels, padding=True, return_tensors="pt")
-    with torch.inference_mode():
-        found = model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+    labels = list(next(iter(description.heads.values())).labels)
+    try:
+        tokens = tokenizer(labels, padding=True, return_tensors="pt")
+        with torch.inference_mode():
+            found = model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+    except FOREIGN_ERRORS as error:
+        raise ExportError(f"{folder}: its labels cannot be encoded ({first_line(error)}); state others") from error
     return _XClip(model, found[1].clone())
 
 
@@ -314,7 +318,9 @@ def _quiet(transformers: Any) -> Iterator[None]:
     log.set_verbosity_error()
     log.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         log.set_verbosity(level)
         if bars:
