@@ -60,6 +60,17 @@ def check_outputs(spec: EngineSpec, outputs: Tensors) -> None:
             )
 
 
+_NO_MEMORY = ("out of memory", "failed to allocate", "bad_alloc", "not enough memory", "unable to allocate")
+
+
+def failed(spec: EngineSpec, cause: str) -> InferenceError:
+    """What to say when a backend failed on a batch for ``cause``."""
+    where = f"pack {spec.pack}: graph {spec.graph}"
+    if any(sign in cause.lower() for sign in _NO_MEMORY):
+        return InferenceError(f"{where}: {spec.backend} is out of memory on {spec.device}; use smaller batches")
+    return InferenceError(f"{where} failed on {spec.backend}: {cause}")
+
+
 def check_interface(
     pack: str, graph: str, wanted: Sequence[TensorSpec], real: Mapping[str, PortShape], kind: str
 ) -> None:

@@ -11,7 +11,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from engines.backends import Compiled, EngineOptions, first_line
-from engines.checks import PortShape, check_inputs, check_interface, check_outputs, zeros
+from engines.checks import PortShape, check_inputs, check_interface, check_outputs, failed, zeros
 from engines.errors import BackendUnavailable, GraphLoadError, InferenceError
 from engines.manifest import GraphSpec
 from engines.types import Array, EngineSpec, Tensors
@@ -165,10 +165,8 @@ class OnnxEngine:
         check_inputs(self._spec, inputs)
         try:
             values = self._session.run(self._outputs, dict(inputs))
-        except _ORT_ERRORS as error:
-            raise InferenceError(
-                f"pack {self._spec.pack}: graph {self._spec.graph} failed on onnxruntime: {first_line(error)}"
-            ) from error
+        except (*_ORT_ERRORS, MemoryError) as error:
+            raise failed(self._spec, first_line(error)) from error
         outputs: dict[str, Array] = dict(zip(self._outputs, values, strict=True))
         check_outputs(self._spec, outputs)
         return outputs

@@ -14,7 +14,7 @@ import numpy as np
 
 from engines.backends import Compiled, EngineOptions
 from engines.cache import ArtifactCache, CacheKey
-from engines.checks import PortShape, check_inputs, check_interface, check_outputs, zeros
+from engines.checks import PortShape, check_inputs, check_interface, check_outputs, failed, zeros
 from engines.errors import BackendUnavailable, GraphLoadError, InferenceError
 from engines.machine import machine_id
 from engines.manifest import GraphSpec, TensorSpec
@@ -158,10 +158,11 @@ def _ports(ports: Sequence[Any], wanted: Sequence[TensorSpec]) -> dict[str, Port
 
 
 def _cause(error: RuntimeError) -> str:
-    """The telling line: OpenVINO puts source positions before and blank lines after it."""
+    """The telling line: OpenVINO puts source positions before, advice and blank lines after it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
-    return (telling or lines or [type(error).__name__])[-1].rstrip(".")
+    telling = [line for line in lines if not line.startswith(("Exception from", "Check '", "To facilitate"))]
+    unknown = [line.lstrip("- ") for line in lines if "No conversion rule" in line]
+    return (unknown or telling or lines or [type(error).__name__])[-1].rstrip(".")
 
 
 class OpenVinoEngine:
@@ -193,9 +194,9 @@ class OpenVinoEngine:
             values = self._request.infer(shared, share_inputs=True, share_outputs=False)
             outputs: dict[str, Array] = {name: values[name] for name in self._outputs}
         except RuntimeError as error:
-            raise InferenceError(
-                f"pack {self._spec.pack}: graph {self._spec.graph} failed on openvino: {_cause(error)}"
-            ) from error
+            raise failed(self._spec, _cause(error)) from error
+        except MemoryError as error:
+            raise failed(self._spec, "out of memory") from error
         check_outputs(self._spec, outputs)
         return outputs
 

@@ -16,7 +16,7 @@ import torch
 
 from engines.backends import Compiled, EngineOptions, first_line
 from engines.cache import ArtifactCache, CacheKey
-from engines.checks import check_inputs, check_outputs, zeros
+from engines.checks import check_inputs, check_outputs, failed, zeros
 from engines.errors import BackendUnavailable, InferenceError
 from engines.manifest import BatchProfile, GraphSpec
 from engines.tensorrt_build import build
@@ -150,7 +150,7 @@ class TensorRtEngine:
                     size.pinned[name].copy_(tensor, non_blocking=True)
             self._stream.synchronize()
         except RuntimeError as error:  # torch's OutOfMemoryError is one too.
-            raise self._failure(error) from error
+            raise failed(self._spec, first_line(error)) from error
         outputs: dict[str, Array] = {name: np.array(size.pinned[name].numpy()) for name in size.outputs}
         check_outputs(self._spec, outputs)
         return outputs
@@ -171,7 +171,7 @@ class TensorRtEngine:
                 size.run(self._stream)
                 outputs = {name: tensor.clone() for name, tensor in size.outputs.items()}
         except (KeyError, RuntimeError) as error:
-            raise self._failure(error) from error
+            raise failed(self._spec, first_line(error)) from error
         caller.wait_stream(self._stream)
         for tensor in outputs.values():
             tensor.record_stream(caller)
@@ -192,17 +192,11 @@ class TensorRtEngine:
             try:
                 self._sizes[batch] = _Size(self._engine, self._spec, batch, self._stream)
             except RuntimeError as error:
-                raise self._failure(error) from error
+                raise failed(self._spec, first_line(error)) from error
             if len(self._sizes) > _SIZES:
                 self._sizes.popitem(last=False)
         self._sizes.move_to_end(batch)
         return self._sizes[batch]
-
-    def _failure(self, error: Exception) -> InferenceError:
-        where = f"pack {self._spec.pack}: graph {self._spec.graph}"
-        if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower():
-            return InferenceError(f"{where}: the GPU is out of memory; use smaller batches, or free the GPU")
-        return InferenceError(f"{where} failed on tensorrt: {first_line(error)}")
 
 
 def check_batch(where: str, profile: BatchProfile, batch: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from engines.backends import first_line
-from engines.checks import check_inputs, check_outputs, zeros
+from engines.checks import check_inputs, check_outputs, failed, zeros
 from engines.errors import BackendUnavailable, InferenceError
 from engines.manifest import GraphSpec
 from engines.types import Array, EngineSpec, Tensors
@@ -66,7 +66,7 @@ class TorchEngine:
             with torch.inference_mode(), self._cast():
                 outputs = self._named(self._module(*tensors))
         except (RuntimeError, TypeError, ValueError) as error:
-            raise InferenceError(f"{where} failed on torch: {first_line(error)}") from error
+            raise failed(self._spec, first_line(error)) from error
         check_outputs(self._spec, outputs)
         return outputs
 

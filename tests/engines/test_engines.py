@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from engines.backends import EngineOptions, load
+from engines.checks import failed
 from engines.errors import InferenceError
 from engines.manifest import Manifest, read_manifest
 from engines.measure import random_batch
 from engines.tinypack import FEATURES, RATE, REFERENCES, SAMPLES, SIZE
-from engines.types import Array, Engine
+from engines.types import Array, Engine, EngineSpec
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +133,51 @@ def test_warmup_and_close(tiny_master: Path, manifest: Manifest, engines: dict[s
     engine.close()
     with pytest.raises(InferenceError, match="graph watch_encoder is closed"):
         engine.infer(random_batch(graph, 1))
+
+
+_STARVED = """
+import resource, sys
+from pathlib import Path
+from engines import backends
+from engines.checks import failed
+from engines.errors import InferenceError
+from engines.manifest import read_manifest
+from engines.measure import random_batch
+folder, backend = Path(sys.argv[1]), sys.argv[2]
+graph = read_manifest(folder).graph("watch_encoder")
+engine = backends.load(folder / graph.file, "tiny", graph, backend, backends.EngineOptions())
+engine.infer(random_batch(graph, 1))
+large = random_batch(graph, 8192)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 10_000_000, resource.RLIM_INFINITY))
+try:
+    engine.infer(large)
+except InferenceError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+engine.infer(random_batch(graph, 1))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
+def test_out_of_memory_is_said_and_the_engine_goes_on(tiny_master: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _STARVED, str(tiny_master), "onnxruntime"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    wanted = "pack tiny: graph watch_encoder: onnxruntime is out of memory on cpu; use smaller batches"
+    assert done.stdout.strip() == wanted
+
+
+@pytest.mark.parametrize(
+    "cause", ["std::bad_alloc", "CUDA out of memory. Tried to allocate 2 GiB", "Failed to allocate"]
+)
+def test_every_way_to_say_out_of_memory_is_understood(manifest: Manifest, cause: str) -> None:
+    graph = manifest.graph("watch_encoder")
+    spec = EngineSpec("tiny", graph.name, "torch", "cuda:0", "fp32", graph.inputs, graph.outputs)
+    assert "torch is out of memory on cuda:0; use smaller batches" in str(failed(spec, cause))
+    assert str(failed(spec, "odd shape")) == "pack tiny: graph watch_encoder failed on torch: odd shape"
