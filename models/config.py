@@ -193,6 +193,8 @@ class OptimConfig(Strict):
     """How long and how fast."""
 
     epochs: Positive = 20
+    epoch_steps: Positive | None = None
+    """Steps of an epoch; without it as many as the larger set of windows has batches."""
     max_steps: Positive | None = None
     batch: Positive = 16
     learning_rate: Rate = 1e-3

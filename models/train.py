@@ -125,7 +125,7 @@ class _Run:
         seed_step(config.seed, 0, 0)
         vocabulary = None if self.tokenizer is None else self.tokenizer.vocabulary
         self.model = build_model(config.model, vocabulary, spec_augment=config.data.augment.spec_augment)
-        if config.init is not None:
+        if config.init is not None and self.checkpoints.newest() is None:
             for line in start_from(self.model, config.init):
                 _log.info(line)
         self.data = load_data(config, manifest, self.tokenizer, self.model)
@@ -144,7 +144,7 @@ class _Run:
         self.parameters = [p for p in self.plain.parameters() if p.requires_grad]
         self.average = averaged(self.model, optim.ema) if optim.ema else None
         self.teacher = averaged(self.model, config.pseudo.ema) if config.mode == "semi-supervised" else None
-        self.per_epoch = self.data.steps_per_epoch(optim.batch)
+        self.per_epoch = optim.epoch_steps or self.data.steps_per_epoch(optim.batch)
         self.total = min(optim.epochs * self.per_epoch, optim.max_steps or optim.epochs * self.per_epoch)
         self.state = RunState()
         newest = self.checkpoints.newest()
@@ -321,14 +321,16 @@ class _Run:
             part.write_text("".join(json.dumps(record) + "\n" for record in self.state.history), encoding="utf-8")
 
     def _store(self) -> dict[str, float | None]:
-        """The best weights, calibrated, with their card and report."""
+        """The weights to be kept, calibrated, with their card and report."""
         config, state, best = self.config, self.state, self.checkpoints.folder / BEST_FILE
         load_weights(self.model, read_tensors(best), best)
+        last = state.history[-1]
+        epoch, score = (last["epoch"], last["score"]) if config.optim.keep == "last" else (state.best_epoch, state.best)
         labelled = config.mode != "self-supervised"
         answers = self._predict(self.model, self.data.val)
         calibration = answers.calibrated() if labelled else Calibration()
         vocabulary = None if self.tokenizer is None else self.tokenizer.vocabulary
-        training = {"mode": config.mode, "seed": config.seed, "steps": state.step, "epoch": state.best_epoch}
+        training = {"mode": config.mode, "seed": config.seed, "steps": state.step, "epoch": epoch}
         card = ModelCard(
             name=config.name,
             model=config.model,
@@ -337,7 +339,7 @@ class _Run:
             vocabulary=vocabulary,
             tokenizer=None if self.tokenizer is None else TOKENIZER_FILE,
             calibration=calibration,
-            training={**training, "score": state.best},
+            training={**training, "score": score},
         )
         save_model(config.out, self.model, card, self.tokenizer)
         if self.data.test is not None:
@@ -347,11 +349,11 @@ class _Run:
             scored = Scored(scored.rows, tuple(head for head in scored.heads if isinstance(head, RetrievalScores)))
         measured = "val (temperatures and thresholds were chosen on it)" if self.data.test is None else "test"
         about = {"training": config.mode, "manifest": str(config.data.manifest), "split": measured}
-        facts = {"steps": str(state.step), "weights": f"of epoch {state.best_epoch}, validation score {state.best:.4f}"}
+        facts = {"steps": str(state.step), "weights": f"of epoch {epoch:g}, validation score {score:.4f}"}
         numbers = write_report(
             config.out, scored, title=f"Model {config.name}", about={**about, **facts}, history=state.history
         )
-        return {**numbers, "score": state.best, "epoch": float(state.best_epoch), "steps": float(state.step)}
+        return {**numbers, "score": score, "epoch": float(epoch), "steps": float(state.step)}
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
