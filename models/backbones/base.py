@@ -53,7 +53,8 @@ def pool(sequence: Sequence) -> Tensor:
 
     A moving scene differs from a standing one by the deviation; with one token it is zero.
     """
-    tokens, mask = sequence
+    # In half precision the least variance would be zero, and its slope infinite.
+    tokens, mask = sequence.tokens.float(), sequence.mask
     mean = masked_mean(tokens, mask)
     variance = masked_mean((tokens - mean[:, None]).square(), mask)
     spread = torch.where(mask.any(dim=1)[:, None], variance.clamp(min=FLOOR).sqrt(), torch.zeros_like(variance))

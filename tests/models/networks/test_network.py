@@ -281,3 +281,21 @@ def test_a_wrong_configuration_ends_in_one_line(video: VideoConfig, error: type[
     assert "\n" not in str(caught.value)
     if error is WeightsError:
         build_model(config, pretrained=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_finite_in_mixed_precision(dtype: torch.dtype) -> None:
+    config = ModelConfig(
+        video=VideoConfig(backbone="c3d", width=32, height=32, frames=16, width_multiplier=0.05),
+        fusion=FusionConfig(kind="attention", width=8),
+        heads=(HeadConfig(name="a", kind="class", labels=("x", "y")),),
+    )
+    torch.manual_seed(0)
+    model = build_model(config).train()
+    # One clip of 16 frames is one token: its deviation over time is zero.
+    inputs = Inputs(video=torch.randint(0, 256, (2, 16, 32, 32, 3), dtype=torch.uint8))
+    with torch.autocast("cpu", dtype=dtype):
+        out = model(inputs)
+        loss = out.logits["a"].float().square().mean() + out.embeddings["video"].float().square().mean()
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

@@ -34,7 +34,8 @@ def test_special_tokens(tokenizer: TextTokenizer) -> None:
     assert set(tokens[1, 2:].tolist()) <= {PAD}
     assert tokenizer.decode(tokens) == ["a dog", ""]
     assert UNK in tokenizer.encode(["雨"], 32)[0].tolist()
-    # What is written in a caption is never taken for a special token by its length or place.
+    # Who writes a special token in a caption means the word.
+    assert not {PAD, START, END} & set(tokenizer.encode(["[end] [pad][start]"], 32)[0].tolist())
     assert tokenizer.encode(["", "  "], 32).abs().sum() == 0
 
 
