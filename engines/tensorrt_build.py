@@ -31,6 +31,8 @@ _MOVES = frozenset(
         "Unsqueeze",
     ]
 )
+# Operators that take any type and hand the elements to none that minds.
+_ANY_TYPE = frozenset(["Cast", "Shape", "Size"])
 _FLOAT, _UINT8 = 1, 2  # Of ONNX's TensorProto.DataType.
 
 
@@ -169,7 +171,7 @@ def _moved(nodes: Sequence[Any], name: str) -> set[str] | None:
     """Tensors that hold the elements of an input moved about, where casts are all that computes with them."""
     moved = {name}
     for node in nodes:  # In topological order, as ONNX demands.
-        if moved.isdisjoint(node.input) or node.op_type == "Cast":
+        if moved.isdisjoint(node.input) or node.op_type in _ANY_TYPE:
             continue
         if node.op_type not in _MOVES or not moved.issuperset(
             node.input if node.op_type == "Concat" else node.input[:1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from engines.backends import EngineOptions, load
-from engines.cache import ArtifactCache, CacheKey, user_cache
+from engines.cache import ArtifactCache, CacheKey, list_cache, prune_cache, user_cache
 from engines.manifest import read_manifest
 from engines.measure import random_batch
 from engines.tinypack import REFERENCES
@@ -95,3 +96,57 @@ def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch, tmp
 
     monkeypatch.setattr(Path, "home", homeless)
     assert user_cache() is None
+
+
+def filled(folder: Path, count: int, size: int = 1000) -> list[CacheKey]:
+    """Entries used one after the other, the first longest ago."""
+    cache, keys = ArtifactCache(folder), [replace(KEY, version=str(n)) for n in range(count)]
+    for n, key in enumerate(keys):
+        cache.put(key, bytes(size))
+        os.utime(cache.path(key), (1000.0 + n, 1000.0 + n))
+    return keys
+
+
+def test_entries_are_listed_with_what_they_were_made_for(tmp_path: Path) -> None:
+    assert list_cache(tmp_path / "nowhere") == []
+    keys = filled(tmp_path, 3)
+    (tmp_path / "openvino-broken.bin").write_bytes(b"not an engine")
+    (tmp_path / "notes.txt").write_text("of no interest")
+    entries = list_cache(tmp_path)
+    assert [entry.key for entry in entries] == [None, *reversed(keys)]
+    assert all(entry.size == entry.path.stat().st_size for entry in entries)
+    assert entries[-1].used_at == 1000.0
+
+
+def test_pruning_keeps_what_was_used_last(tmp_path: Path) -> None:
+    first, second, third = filled(tmp_path, 3)
+    cache = ArtifactCache(tmp_path)
+    assert cache.get(first) is not None  # Loading is use.
+    removed = prune_cache(tmp_path, max_bytes=3000)
+    assert [entry.key for entry in removed] == [second]
+    assert cache.get(first) is not None
+    assert cache.get(third) is not None
+
+
+def test_pruning_by_age_and_of_broken_files(tmp_path: Path) -> None:
+    first, second = filled(tmp_path, 2)
+    broken = tmp_path / "openvino-broken.bin"
+    broken.write_bytes(bytes(500))
+    os.utime(ArtifactCache(tmp_path).path(second))
+    assert [entry.key for entry in prune_cache(tmp_path, older_than_s=60)] == [first]
+    assert broken.exists()
+    left = ArtifactCache(tmp_path).path(second).stat().st_size
+    assert [entry.key for entry in prune_cache(tmp_path, max_bytes=left)] == [None]
+    assert not broken.exists()
+    assert [entry.key for entry in prune_cache(tmp_path, max_bytes=0)] == [second]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cache_keeps_to_its_limit_but_never_drops_what_it_just_made(tmp_path: Path) -> None:
+    cache = ArtifactCache(tmp_path, max_bytes=2500)
+    keys = filled(tmp_path, 2)
+    cache.put(KEY, bytes(1000))
+    assert [entry.key for entry in list_cache(tmp_path)] == [KEY]
+    cache.put(keys[0], bytes(9000))
+    assert cache.get(keys[0]) is not None
+    assert cache.get(KEY) is None
