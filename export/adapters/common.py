@@ -20,7 +20,17 @@ from engines.manifest import file_sha256
 from export.adapters.describe import GRAPH, Description, HeadSpec, Picture, Sound
 from export.build import ExportError, Graph, GraphToExport, PackToWrite
 
-FOREIGN_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, OSError, ImportError)
+FOREIGN_ERRORS = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    OSError,
+    ImportError,
+    SafetensorError,
+)
 """What code that is not ours may raise when its input or its files do not suit it."""
 
 

@@ -13,12 +13,24 @@ import onnx
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, compose, helper, numpy_helper, version_converter
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from engines.manifest import file_sha256
 from engines.types import Array, Tensors
 from export.adapters.common import TINY, ExportOptions, check_output, first_line, middle, pack_of
 from export.adapters.describe import GRAPH, Description, HeadSpec, Picture, describe, pack_name, read_stated
 from export.build import BATCH, OPSET, ExportError, PackToWrite, ReadyGraph
+
+_ORT_ERRORS = (
+    RuntimeError,
+    ValueError,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
 
 OLDEST_OPSET = 11
 """Below it, nodes that are put around the file have other forms; such a file is converted first."""
@@ -134,7 +146,7 @@ class _Plain:
         }
         try:
             self.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        except (RuntimeError, ValueError) as error:
+        except _ORT_ERRORS as error:
             raise ExportError(f"{path} cannot be loaded ({first_line(error)}); export it for ONNX Runtime") from error
 
     def run(self, inputs: Tensors) -> dict[str, Array]:
@@ -146,7 +158,7 @@ class _Plain:
                 fed[tensor] = fed[tensor].round().clip(0, 255).astype(np.uint8)
         try:
             values = self.session.run(list(self.wiring.outputs.values()), fed)
-        except RuntimeError as error:
+        except _ORT_ERRORS as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in fed.items())
             raise ExportError(
                 f"{self.where} does not take {shapes} ({first_line(error)}); correct layout, frames or size in its "

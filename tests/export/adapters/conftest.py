@@ -66,6 +66,11 @@ def run() -> Run:
 
 @pytest.fixture
 def pictures() -> Callable[..., Array]:
-    """Random uint8 frames of a shape."""
+    """Random uint8 frames of a shape, each row of the batch darker than the one before."""
     random = np.random.default_rng(7)
-    return lambda *shape: random.integers(0, 256, shape, np.uint8)
+
+    def make(*shape: int) -> Array:
+        light = np.linspace(1, 0.3, shape[0]).reshape(-1, *(1 for _ in shape[1:]))
+        return (random.integers(0, 256, shape) * light).astype(np.uint8)
+
+    return make
