@@ -58,8 +58,8 @@ class Objective(nn.Module):
         self.contrast = Contrast()
         self._balanced = set(counts) if config.loss.class_balance else set()
         for name in self._balanced:
-            weights = class_balanced_weights(counts[name].T, config.loss.class_balance).T
-            self.register_buffer(_buffer(name), weights.contiguous(), persistent=False)
+            weights = class_balanced_weights(counts[name].transpose(0, -1), config.loss.class_balance)
+            self.register_buffer(_buffer(name), weights.transpose(0, -1).contiguous(), persistent=False)
         for head in config.model.heads:
             if head.kind == "embedding" and ("text" not in model.taken or len(model.taken) < 2):
                 raise ConfigError(
