@@ -179,6 +179,8 @@ class TensorRtEngine:
 
     def close(self) -> None:
         """See ``Engine``."""
+        if self._engine is not None:
+            self._stream.synchronize()
         self._sizes.clear()
         self._engine = None
 
@@ -194,6 +196,7 @@ class TensorRtEngine:
             except RuntimeError as error:
                 raise failed(self._spec, first_line(error)) from error
             if len(self._sizes) > _SIZES:
+                self._stream.synchronize()
                 self._sizes.popitem(last=False)
         self._sizes.move_to_end(batch)
         return self._sizes[batch]
@@ -246,7 +249,8 @@ class _Size:
         if RTX and not self._context.is_stream_capturable(stream.cuda_stream):
             return None
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        # Other threads may allocate meanwhile: what they do is not part of this graph.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._queue(stream)
         return graph
 

@@ -152,11 +152,26 @@ def test_an_unknown_backend_or_device_or_precision(tiny: Path) -> None:
     )
 
 
-def test_cuda_is_never_replaced_by_the_cpu_in_silence(tiny: Path) -> None:
+@pytest.mark.parametrize(
+    ("device", "provider"), [("cuda", "CUDAExecutionProvider"), ("tensorrt", "TensorrtExecutionProvider")]
+)
+def test_a_gpu_is_never_replaced_by_the_cpu_in_silence(tiny: Path, device: str, provider: str) -> None:
     ort = pytest.importorskip("onnxruntime")
-    if "CUDAExecutionProvider" in ort.get_available_providers():
+    if provider in ort.get_available_providers():
+        pytest.skip(f"this ONNX Runtime has {provider}")
+    assert f"no usable device '{device}'" in refused(BackendUnavailable, tiny, device=device, require_parity=False)
+
+
+def test_a_provider_that_starts_as_another_is_an_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime lists a provider whose libraries are missing, then goes on with the CPU and says nothing."""
+    ort = pytest.importorskip("onnxruntime")
+    known = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    if known[0] in ort.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
-    assert "no usable device 'cuda'" in refused(BackendUnavailable, tiny, device="cuda")
+    monkeypatch.setattr(ort, "get_available_providers", lambda: known)
+    with pytest.warns(UserWarning, match="CUDAExecutionProvider"):
+        message = refused(BackendUnavailable, tiny, device="cuda", require_parity=False)
+    assert "install onnxruntime-gpu and CUDA" in message
 
 
 def test_auto_measures_once_and_remembers(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
