@@ -56,7 +56,7 @@ def fit(module: nn.Module, loss_of: StepLoss, stage: Stage, report: Report, *, s
     for step in range(begin, end):
         torch.manual_seed(stage.seed * 1_000_003 + step)
         for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate * _pace(step, schedule.steps)
+            group["lr"] = schedule.learning_rate * pace(step, schedule.steps)
         loss = loss_of(np.random.default_rng([stage.seed, step]))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -71,7 +71,7 @@ def fit(module: nn.Module, loss_of: StepLoss, stage: Stage, report: Report, *, s
     return recent if recent is not None else math.nan
 
 
-def _pace(step: int, steps: int) -> float:
+def pace(step: int, steps: int) -> float:
     """Share of the learning rate at a step."""
     warmup = max(1, int(steps * WARMUP))
     if step < warmup:

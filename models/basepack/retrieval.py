@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from models.audio import EMBEDDING
 from models.backbones.frame import HEAD_CHANNELS
+from models.basepack.fit import pace
 from models.basepack.text_tower import BagOfWords, HashedWords
 from models.basepack.window import POOLED, pool
 from models.errors import DataError
@@ -132,7 +133,7 @@ def fit_retrieval(
     free = [p for p in head.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": fit.weight_decay}, {"params": free, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=fit.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, fit.learning_rate, fit.steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, fit.steps))
     random = np.random.default_rng(seed)
     head.train()
     for step in range(fit.steps):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,16 @@ from models.basepack.retrieval import (
     fit_retrieval,
 )
 from models.basepack.retrieval_data import Answers, answers, by_labels, recalls
+from models.basepack.retrieval_protocol import (
+    SHIPPED,
+    Gallery,
+    load_heads,
+    retrieval_results,
+    save_heads,
+    train_retrieval,
+)
+from models.basepack.sound import SOUND_FEATURES, SoundNet
+from models.basepack.sound_bank import FOLDS
 from models.basepack.text_tower import BagOfWords, HashedWords
 from models.basepack.window import POOLED
 from models.errors import DataError, WeightsError
@@ -91,7 +102,7 @@ def test_padding_changes_nothing() -> None:
 def test_unit_length_and_absent_modalities() -> None:
     torch.manual_seed(0)
     head = RetrievalHead().eval()
-    features, audio = torch.randn(3, 8, FEATURES), torch.randn(3, EMBEDDING)
+    features, audio = torch.rand(3, 8, FEATURES), torch.randn(3, EMBEDDING)
     mask, heard = torch.ones(3, 8), torch.tensor([1.0, 0.0, 1.0])
     mask[2] = 0.0
     out = head.embed_clip(features, mask, audio, heard)
@@ -195,3 +206,29 @@ def test_broken_captions_are_named(tmp_path: Path) -> None:
     (tmp_path / "Subject_1_ADL.csv").write_text("header\n01.mp4,08\n")
     with pytest.raises(DataError, match=r"Subject_1_ADL\.csv:2: no sentence"):
         captions.gmdcsa_sentences(tmp_path)
+
+
+def test_every_fold_is_asked_of_the_head_that_has_not_seen_it(clips: list[Captioned], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    silent = np.zeros((0, SOUND_FEATURES), np.float32)
+    gallery = Gallery(
+        tuple(replace(clip, audio=silent) for clip in clips), tuple(FOLDS[int(clip.group) % 4] for clip in clips)
+    )
+    nets = {fold: SoundNet().eval() for fold in FOLDS}
+    heads = train_retrieval(gallery, SoundNet().eval(), nets, RetrievalFit(steps=30, batch=24), 0, quiet)
+    found = retrieval_results(gallery, nets, heads)
+    assert found["retrieval_r1"] > 0.7 > found["retrieval_r1_chance"]
+    assert found["retrieval_r1_low"] <= found["retrieval_r1"] <= found["retrieval_r1_high"]
+    assert found["retrieval_r5"] >= found["retrieval_r1"]
+    save_heads(heads, tmp_path)
+    again = load_heads(tmp_path)
+    assert set(again) == {*FOLDS, SHIPPED}
+    assert retrieval_results(gallery, nets, again)["retrieval_r1"] == pytest.approx(found["retrieval_r1"], abs=0.05)
+
+
+def test_broken_heads_are_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"tokenizer\.json cannot be read"):
+        load_heads(tmp_path)
+    HashedWords().save(tmp_path)
+    with pytest.raises(WeightsError, match=r"retrieval\.safetensors is not retrieval heads"):
+        load_heads(tmp_path)

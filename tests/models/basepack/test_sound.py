@@ -10,10 +10,11 @@ import torch
 
 from models.audio import EMBEDDING, LogMel
 from models.backbones.frame import EfficientNetLite0
-from models.basepack import sound
+from models.basepack import sound, tables
 from models.basepack.labels import SOUNDS
 from models.basepack.sound import Ear, FrozenEar, Heard, SoundFit, SoundNet, clip_scores, fit_sound, hear_bank
 from models.basepack.sound_bank import NONE, WINDOW, Bank, Waveform, audible_cut, fold_bank
+from models.basepack.sound_protocol import hear_all, log_mel_scores, read_sound, sound_results, train_sounds
 from models.basepack.teacher import CLASSES, Teacher
 from models.errors import DataError, WeightsError
 
@@ -93,9 +94,9 @@ def test_distortion_keeps_shape_and_sign() -> None:
 def test_bank_is_heard_with_its_labels(waveforms: list[Waveform], trunk: EfficientNetLite0, tmp_path: Path) -> None:
     bank = fold_bank(waveforms, "1", 6, None, tmp_path)
     ear = FrozenEar(trunk, tmp_path)
-    heard = hear_bank(bank, ear, 1, tmp_path / "heard.npy")
+    heard = hear_bank(bank, ear, 1, tmp_path)
     assert heard.features.shape == (6, sound.SOUND_FEATURES)
-    again = hear_bank(bank, ear, 1, tmp_path / "heard.npy")
+    again = hear_bank(bank, ear, 1, tmp_path)
     np.testing.assert_array_equal(heard.features, again.features)
 
 
@@ -184,3 +185,22 @@ def test_bank_joins() -> None:
     joined = Bank.joined(parts)
     assert len(joined) == 3
     assert joined.power[0, 0, 0] == 1 and joined.power[2, 0, 0] == 2
+
+
+def test_whole_protocol_on_a_few_recordings(data: Path, trunk: EfficientNetLite0, tmp_path: Path) -> None:
+    few = [s for s in tables.sounds(data) if s.label in (1, 3)]
+    few = [item for fold in sound.FOLDS for label in (1, 3) for item in _of(few, fold, label)[:2]]
+    waveforms = [Waveform(read_sound(item), item.label, item.fold) for item in few]
+    ear = FrozenEar(trunk, tmp_path)
+    heard = hear_all(waveforms, ear, tmp_path, quiet, mixtures=16)
+    shipped, held_out = train_sounds(heard, SoundFit(steps=20, batch=16, distill=0.0), 0, quiet)
+    assert set(held_out) == set(sound.FOLDS)
+    assert not torch.equal(shipped.classify.weight, held_out["1"].classify.weight)
+    found = sound_results(held_out, few, ear)
+    assert found["esc10_accuracy_low"] <= found["esc10_accuracy"] <= found["esc10_accuracy_high"]
+    plain = log_mel_scores(few, [w.samples for w in waveforms])
+    assert (plain.argmax(axis=1) == [item.label for item in few]).mean() > 0.6
+
+
+def _of(items: list[tables.Sound], fold: str, label: int) -> list[tables.Sound]:
+    return [item for item in items if item.fold == fold and item.label == label]
