@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -47,7 +48,7 @@ from models.checkpoint import (
 from models.config import TrainConfig, read_config
 from models.data.dataset import ClipDataset
 from models.ema import averaged
-from models.errors import ConfigError, TrainingError, WeightsError
+from models.errors import ConfigError, ModelError, TrainingError, WeightsError
 from models.loading import Drawn, draws, find_tokenizer, load_data, read_rows
 from models.modes import with_pseudo_labels
 from models.network import FusionModel, build_model, parameter_groups
@@ -374,3 +375,13 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 
 def _quiet(stage: str, done: int, total: int, loss: float | None) -> None:
     """Tells nobody."""
+
+
+if __name__ == "__main__":
+    # For `accelerate launch -m models.train config.yaml`.
+    if len(sys.argv) != 2:
+        sys.exit("usage: accelerate launch -m models.train config.yaml")
+    try:
+        train(Path(sys.argv[1]))
+    except ModelError as problem:
+        sys.exit(f"error: {problem}")
