@@ -7,6 +7,7 @@ too small to learn a few hundred recordings by heart, and trained in half a minu
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from models.audio import EMBEDDING, MELS, LogMel, compress
 from models.backbones.frame import EfficientNetLite0
 from models.basepack import frozen, network
 from models.basepack.batches import MEL_FRAMES, MEL_RATE
+from models.basepack.fit import pace
 from models.basepack.labels import SOUNDS
 from models.basepack.sound_bank import FOLDS, NONE, Bank
 from models.basepack.teacher import CLASSES
@@ -37,7 +39,7 @@ ROWS = {4: PICTURE // 16, 5: PICTURE // 32}
 """Bands of frequency of these maps."""
 SOUND_FEATURES = 2 * sum(HEARD[stage] * ROWS[stage] for stage in HEARD)
 """Length of a window's sound features: of each band and channel, mean and deviation over time."""
-HIDDEN = 256
+HIDDEN = 128
 FOLDS_FILE = "folds-sound.safetensors"
 CLIP_HOP = MEL_RATE // 2
 """Mel frames between the windows of a clip: half a second."""
@@ -142,23 +144,26 @@ class Heard:
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__slots__))
 
 
-def hear_bank(bank: Bank, ear: FrozenEar, seed: int, path: Path | None = None) -> Heard:
-    """Each mixture once, distorted as other rooms and microphones would. Features are kept at ``path``."""
-    if path is not None and path.is_file():
-        return Heard(np.load(path), bank.labels, bank.teacher)
-    draw = torch.Generator().manual_seed(seed)
+def hear_bank(bank: Bank, ear: FrozenEar, seed: int, folder: Path) -> Heard:
+    """Each mixture once, distorted as other rooms and microphones would; from the cache, else computed and kept."""
+    digest = hashlib.sha256(bank.power.tobytes() + f"{seed} {ear.checksum}".encode())
+    path = folder / f"heard-{digest.hexdigest()[:16]}.npy"
+    if not path.is_file():
+        features = _hear_distorted(bank, ear, torch.Generator().manual_seed(seed))
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            np.save(file, features)
+        part.replace(path)
+    return Heard(np.load(path), bank.labels, bank.teacher)
+
+
+def _hear_distorted(bank: Bank, ear: FrozenEar, draw: torch.Generator) -> NDArray[np.float16]:
     rows = []
     for at in range(0, len(bank), FrozenEar.BATCH):
         power = torch.from_numpy(bank.power[at : at + FrozenEar.BATCH].astype(np.float32)).exp() - 1e-6
         spectrogram = compress(distort(power.clamp(min=0.0), draw)).numpy()
         rows.append(ear.hear(spectrogram).astype(np.float16))
-    features = np.concatenate(rows)
-    if path is not None:
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            np.save(file, features)
-        part.replace(path)
-    return Heard(features, bank.labels, bank.teacher)
+    return np.concatenate(rows)
 
 
 def distort(power: Tensor, draw: torch.Generator) -> Tensor:
@@ -196,8 +201,8 @@ class SoundFit:
     batch: int = 192
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
-    distill: float = 1.0
-    """Weight of agreeing with the teacher; 0 is supervision alone."""
+    distill: float = 0.0
+    """Weight of agreeing with a teacher; it bought nothing on folds held out (docs/decisions/0005)."""
     smoothing: float = 0.05
     """Of the labels."""
 
@@ -217,7 +222,7 @@ def fit_sound(heard: Heard, fit: SoundFit, seed: int, report: Report, stage: str
     labels = torch.from_numpy(heard.labels) * (1 - fit.smoothing) + fit.smoothing / len(SOUNDS)
     both = nn.ModuleList([net, speak]).train()
     optimizer = torch.optim.AdamW(both.parameters(), lr=fit.learning_rate, weight_decay=fit.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, fit.learning_rate, fit.steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, fit.steps))
     random = np.random.default_rng(seed)
     for step in range(fit.steps):
         rows = random.integers(0, len(labels), fit.batch)
