@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from models.audio import EMBEDDING
-from models.backbones.frame import FEATURES
 from models.basepack import captions
 from models.basepack.retrieval import (
     SPACE,
@@ -34,6 +33,7 @@ from models.basepack.retrieval_protocol import (
 from models.basepack.sound import SOUND_FEATURES, SoundNet
 from models.basepack.sound_bank import FOLDS
 from models.basepack.text_tower import BagOfWords, HashedWords
+from models.basepack.watch import FEATURES
 from models.basepack.window import POOLED
 from models.errors import DataError, WeightsError
 
@@ -129,7 +129,7 @@ def test_it_finds_held_out_clips_by_new_sentences(clips: list[Captioned]) -> Non
     assert answers(similarity, test).chance[1].mean() < 0.4
 
 
-def test_both_sides_leave_torch(clips: list[Captioned], tmp_path: Path) -> None:
+def test_text_side_leaves_torch(clips: list[Captioned], tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     head = RetrievalHead().eval()
 
