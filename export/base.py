@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from engines.manifest import AudioInput, Branch, Head, HeadKind, Modality, Mode, Threshold, VideoInput
 from models.audio import SAMPLE_RATE
-from models.basepack import network
+from models.basepack import shape
 from models.basepack.labels import ACTIONS, SCENE, SOUNDS
 from models.basepack.network import Calibration
 
@@ -20,13 +20,13 @@ def watch_branch(calibration: Calibration) -> Branch:
     return Branch(
         name="watch",
         mode=Mode.STAGED,
-        window_ns=network.WATCH_WINDOW_NS,
-        hop_ns=network.WATCH_HOP_NS,
+        window_ns=shape.WATCH_WINDOW_NS,
+        hop_ns=shape.WATCH_HOP_NS,
         video=VideoInput(
-            width=network.WATCH_SIZE,
-            height=network.WATCH_SIZE,
-            fps=Fraction(network.WATCH_FPS),
-            lookback_ns=network.LOOKBACK_NS,
+            width=shape.WATCH_SIZE,
+            height=shape.WATCH_SIZE,
+            fps=Fraction(shape.WATCH_FPS),
+            lookback_ns=shape.LOOKBACK_NS,
         ),
         audio=AudioInput(sample_rate=SAMPLE_RATE),
         encoder="encoder",
@@ -63,9 +63,9 @@ def scene_branch() -> Branch:
     return Branch(
         name="scene",
         mode=Mode.CLIP,
-        window_ns=network.SCENE_WINDOW_NS,
-        hop_ns=network.SCENE_WINDOW_NS,
-        video=VideoInput(width=network.SCENE_WIDTH, height=network.SCENE_HEIGHT, fps=Fraction(1)),
+        window_ns=shape.SCENE_WINDOW_NS,
+        hop_ns=shape.SCENE_WINDOW_NS,
+        video=VideoInput(width=shape.SCENE_WIDTH, height=shape.SCENE_HEIGHT, fps=Fraction(1)),
         graph="segmentation",
         heads=(Head(name="segmentation", kind=HeadKind.SEGMENTATION, output="mask", labels=SCENE),),
     )

@@ -12,9 +12,9 @@ from engines.manifest import Manifest
 from export.base import DESCRIPTION, LICENCE, NAME, scene_branch, watch_branch
 from export.build import ExportError as ExportError
 from export.build import GraphToExport, PackToWrite, Progress, write_pack
-from models.backbones.frame import FEATURES
-from models.basepack import network
+from models.basepack import network, shape
 from models.basepack.network import BaseModel, Calibration, load_weights
+from models.basepack.watch import FEATURES
 from models.basepack.window import OUTPUTS
 
 
@@ -39,23 +39,22 @@ def export_base(
         description=DESCRIPTION,
         graphs=tuple(base_graphs(model)),
         branches=(watch_branch(calibration), scene_branch()),
-        parity_bounds={"fp32": 1e-3},
     )
     return write_pack(pack, out_dir, clips=clips, progress=progress)
 
 
 def base_graphs(model: BaseModel) -> Iterator[GraphToExport]:
     """The three graphs of the base pack, with example inputs."""
-    size = network.WATCH_SIZE
+    size = shape.WATCH_SIZE
     yield GraphToExport("encoder", model.encoder.eval(), {"frames": _picture(2, 2, size, size, 3)}, ("features",))
     window = {
-        "features": torch.zeros(2, network.WATCH_SAMPLES, FEATURES),
-        "frame_mask": torch.ones(2, network.WATCH_SAMPLES),
-        "audio": torch.zeros(2, network.AUDIO_SAMPLES),
+        "features": torch.zeros(2, shape.WATCH_SAMPLES, FEATURES),
+        "frame_mask": torch.ones(2, shape.WATCH_SAMPLES),
+        "audio": torch.zeros(2, shape.AUDIO_SAMPLES),
         "audio_mask": torch.ones(2),
     }
     yield GraphToExport("window", model.window.eval(), window, OUTPUTS)
-    scene = _picture(2, 1, network.SCENE_HEIGHT, network.SCENE_WIDTH, 3)
+    scene = _picture(2, 1, shape.SCENE_HEIGHT, shape.SCENE_WIDTH, 3)
     yield GraphToExport("segmentation", model.segmenter.eval(), {"frames": scene}, ("mask",))
 
 

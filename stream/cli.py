@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import re
 import sys
@@ -12,14 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
 
 from engines.errors import EngineError
+from stream.cli_models import models_app
 from stream.errors import SettingsError, SightwireError
-from stream.secrets import SecretFilter, register_secrets
+from stream.secrets import register_secrets
 from stream.settings import Settings, home, load_settings, redacted_url, source_scheme
-from stream.sinks.console import ToldConsole
+from stream.terminal import err, out, set_up_logging
 
 app = typer.Typer(
     name="sightwire",
@@ -29,8 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out = ToldConsole(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+app.add_typer(models_app)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 """What may stand before the = of ``--source ID=URL``."""
@@ -76,20 +73,6 @@ def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
 
 def _plain(text: str) -> str:
     return text.replace("[", r"\[")
-
-
-def set_up_logging(verbose: bool = False) -> None:
-    """Log lines to stderr, above whatever else is on the screen."""
-    handler: logging.Handler = RichHandler(console=err, show_path=False, log_time_format="%H:%M:%S", markup=False)
-    if not sys.stderr.isatty():
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    else:
-        handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.addFilter(SecretFilter())
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
-    for noisy in ("uvicorn", "asyncio", "httpx", "onnx_ir", "onnxscript", "torch"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def named_sources(given: list[str], *, fast: bool, loop: bool) -> list[dict[str, Any]]:
@@ -242,33 +225,6 @@ def doctor(redis: RedisOption = None) -> None:
     print_checks(out, checks)
     if any(check.ok is False for check in checks):
         raise typer.Exit(FAILED)
-
-
-@app.command()
-def export(
-    name: Annotated[str, typer.Argument(help="Which model to export.", metavar="MODEL")] = "base",
-    to: Annotated[Path | None, typer.Option("--to", help="Folder of the pack [default: the home folder's].")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Export again even if the pack is up to date.")] = False,
-) -> None:
-    """Export trained weights as a pack of ONNX graphs, with a parity report."""
-    set_up_logging()
-    from stream.commands import export_pack
-
-    export_pack(err, name, to or home() / "packs" / name, force=force)
-
-
-@app.command()
-def train(
-    config: Annotated[Path, typer.Argument(help="Training configuration in YAML.")],
-    data: Annotated[Path | None, typer.Option("--data", help="Folder of the data sets, instead of the file's.")] = None,
-    to: Annotated[Path | None, typer.Option("--to", help="Folder for the weights, instead of the file's.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew instead of going on from a checkpoint.")] = False,
-) -> None:
-    """Train a model; goes on from the last checkpoint of the same configuration."""
-    set_up_logging()
-    from stream.commands import train_model
-
-    train_model(err, config, data=data, out=to, resume=not fresh)
 
 
 @app.command()

@@ -71,7 +71,12 @@ def _parity(pack: LoadedPack) -> dict[str, float]:
     report = read_parity(pack.folder)
     if report is None:
         return {}
-    entries = {graph.name: report.entry(graph, pack.backend, pack.precision) for graph in pack.manifest.graphs}
+    # ``auto`` may run each graph on another backend.
+    specs = {name: engine.spec for name, engine in pack.engines.items()}
+    entries = {
+        graph.name: report.entry(graph, specs[graph.name].backend, specs[graph.name].precision)
+        for graph in pack.manifest.graphs
+    }
     return {name: entry.max_abs_error for name, entry in entries.items() if entry is not None}
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as PydanticSettingsError
 
+from engines.manifest import Precision
 from stream.errors import SettingsError
 
 SCHEMES = ("rtsp", "rtsps", "file", "synthetic")
@@ -110,8 +111,9 @@ class PackSettings(_Section):
 
     name: str = "base"
     """Name of an exported pack, or the path of its folder."""
-    backend: Literal["auto", "onnxruntime", "openvino"] = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    backend: Literal["auto", "onnxruntime", "openvino", "tensorrt"] = "auto"
+    precision: Precision = "fp32"
+    """The least exact one that may be used; a pack has int8 and fp16 files after `sightwire compile`."""
     hop_s: Annotated[float, Field(gt=0, le=120)] | None = None
     """Hop of the pack's main (first) branch, instead of the manifest's."""
     device: Literal["cpu", "cuda"] = "cpu"

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.audio import compress
-from models.basepack.action import minimise
+from models.basepack.action import Pooled, columns_of, minimise
 from models.basepack.batches import Window, window_features
-from models.losses import known_bce, known_cross_entropy
+from models.basepack.watch import CHANGE
+from models.losses import known_bce
 
 Floats = NDArray[np.float32]
 
@@ -50,7 +50,7 @@ def fit_logistic(
 
 
 def pooled_features(windows: Sequence[Window]) -> Floats:
-    """Mean and deviation over time of each window's frozen features: float32 ``[N, 5120]``."""
+    """Mean and deviation over time of each window's frozen features: float32 ``[N, POOLED]``."""
     rows = []
     for window in windows:
         features, mask = window_features(window)
@@ -59,18 +59,12 @@ def pooled_features(windows: Sequence[Window]) -> Floats:
     return np.stack(rows)
 
 
-def pooled_mel(cuts: Floats) -> Floats:
-    """Mean and deviation over time of log-mel: float32 ``[N, 64, frames]`` of mel power to ``[N, 128]``."""
-    levels = compress(torch.from_numpy(cuts)).numpy()
-    return np.concatenate([levels.mean(axis=2), levels.std(axis=2)], axis=1)
+def changes(windows: Sequence[Window]) -> Floats:
+    """The half of ``pooled_features`` that is of the differences: float32 ``[N, 2560]``."""
+    return pooled_features(windows)[:, columns_of(CHANGE).numpy()]
 
 
-def fit_actions(windows: Sequence[Window]) -> LogisticRegression:
-    """On the training windows as served."""
-    targets = np.stack([window.targets for window in windows])
-    return fit_logistic(pooled_features(windows), targets, targets.shape[1], known_bce)
-
-
-def fit_sounds(cuts: Floats, targets: NDArray[np.int64], labels: int) -> LogisticRegression:
-    """On the training sounds as served."""
-    return fit_logistic(pooled_mel(cuts), targets, labels, lambda a, b: known_cross_entropy(a, b, smoothing=0.0))
+def fit_changes(data: Pooled) -> LogisticRegression:
+    """Logistic regression on mean and deviation of the differences' features, of the windows as served."""
+    targets = data.targets.numpy()
+    return fit_logistic(changes(data.windows), targets, targets.shape[1], known_bce)

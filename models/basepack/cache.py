@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from models.audio import LogMel
-from models.backbones.frame import FEATURES
-from models.basepack import network
+from models.basepack import shape
 from models.basepack.camera import MARGIN, draw_path, film, still_clip
 from models.basepack.frozen import FrozenEncoder
-from models.basepack.tables import STILLS, Recording
+from models.basepack.tables import ORDINARY, STILLS, Recording
+from models.basepack.watch import FEATURES
 from models.errors import DataError
 from models.media import Clip, Images, read_audio, read_clip, read_image, sample_pairs
 
@@ -42,13 +42,7 @@ class Variant:
 
 
 PLAIN = Variant()
-VARIANTS = (
-    PLAIN,
-    Variant(mirror=True),
-    Variant(62_500_000, seed=1),
-    Variant(125_000_000, mirror=True, seed=2),
-    Variant(187_500_000, seed=3),
-)
+VARIANTS = (PLAIN, Variant(mirror=True), Variant(62_500_000, seed=1))
 """The first is what the service sees; evaluation uses it alone."""
 
 
@@ -74,7 +68,7 @@ class Track:
     """One variant of a recording, encoded."""
 
     features: NDArray[np.float16]
-    """float16 ``[S, 2560]``; zeros where missing."""
+    """float16 ``[S, FEATURES]``; zeros where missing."""
     present: NDArray[np.bool_]
     """bool ``[S]``."""
     phase_s: float
@@ -101,7 +95,7 @@ def encode_variants(recording: Recording, encoder: FrozenEncoder, folder: Path) 
     """All that training sees of a recording. Raises ``DataError``."""
     if recording.dataset == STILLS:
         return encode_recording(recording, encoder, folder, STILL_VARIANTS)
-    plain = encode_recording(recording, encoder, folder)
+    plain = encode_recording(recording, encoder, folder, VARIANTS if recording.dataset in ORDINARY else (PLAIN,))
     moving = encode_recording(recording, encoder, folder, MOVING)
     return Encoded(recording, plain.tracks + moving.tracks, plain.mel, plain.duration_s)
 
@@ -124,7 +118,7 @@ def encode_recording(
 def _compute(
     recording: Recording, encoder: FrozenEncoder, variants: Sequence[AnyVariant]
 ) -> dict[str, NDArray[np.generic]]:
-    plain = _clip(recording, network.WATCH_SIZE)
+    plain = _clip(recording, shape.WATCH_SIZE)
     arrays: dict[str, NDArray[np.generic]] = {"duration_s": np.array(plain.duration_ns / 1e9)}
     arrays["mel"] = mel_power(plain.audio) if plain.audio is not None and plain.audio.size else np.zeros(0, np.float32)
     for n, variant in enumerate(variants):
@@ -147,7 +141,7 @@ def _clip(recording: Recording, size: int) -> Clip:
 def _fixed(recording: Recording, variant: Variant, plain: Clip) -> tuple[NDArray[np.bool_], Images]:
     """Which samples there are, bool ``[S]``, and their frames, uint8 ``[P, 2, H, W, 3]``."""
     clip = plain if variant.seed is None else _augmented(recording, variant.seed)
-    _, pairs = sample_pairs(clip, fps=network.WATCH_FPS, lookback_ns=network.LOOKBACK_NS, phase_ns=variant.phase_ns)
+    _, pairs = sample_pairs(clip, fps=shape.WATCH_FPS, lookback_ns=shape.LOOKBACK_NS, phase_ns=variant.phase_ns)
     present = pairs[:, 1] >= 0
     images = clip.images[:, :, ::-1] if variant.mirror else clip.images
     return present, images[pairs[present]]
@@ -155,19 +149,19 @@ def _fixed(recording: Recording, variant: Variant, plain: Clip) -> tuple[NDArray
 
 def _moving(recording: Recording, variant: Moving) -> tuple[NDArray[np.bool_], Images]:
     """As ``_fixed``."""
-    clip = _clip(recording, int(network.WATCH_SIZE * MARGIN))
-    _, pairs = sample_pairs(clip, fps=network.WATCH_FPS, lookback_ns=network.LOOKBACK_NS, phase_ns=variant.phase_ns)
+    clip = _clip(recording, int(shape.WATCH_SIZE * MARGIN))
+    _, pairs = sample_pairs(clip, fps=shape.WATCH_FPS, lookback_ns=shape.LOOKBACK_NS, phase_ns=variant.phase_ns)
     present = pairs[:, 1] >= 0
     shown = pairs[present].reshape(-1)
     path = draw_path(np.random.default_rng([variant.seed, *recording.path.name.encode()]))
-    seen = film(clip.images[shown], clip.pts_ns[shown], path, network.WATCH_SIZE)
+    seen = film(clip.images[shown], clip.pts_ns[shown], path, shape.WATCH_SIZE)
     return present, seen.reshape(-1, 2, *seen.shape[1:])
 
 
 def _augmented(recording: Recording, seed: int) -> Clip:
     """The recording cropped (at another aspect ratio) and recoloured, the same for all its frames."""
     random = np.random.default_rng([seed, *recording.path.name.encode()])
-    size = network.WATCH_SIZE
+    size = shape.WATCH_SIZE
     width, height = random.integers(size, size * 5 // 4, 2)
     clip = read_clip(recording.path, int(width), int(height), seconds=recording.seconds)
     left, top = random.integers(0, width - size + 1), random.integers(0, height - size + 1)
@@ -212,7 +206,9 @@ def encode_all(
 def _key(path: Path, encoder: FrozenEncoder, *parts: object) -> str:
     """Hash of a file's content, the trunk and everything else that the entry depends on."""
     digest = hashlib.sha256(path.read_bytes())
-    digest.update(repr((parts, network.WATCH_SIZE, network.WATCH_FPS, network.LOOKBACK_NS, encoder.checksum)).encode())
+    digest.update(
+        repr((parts, shape.WATCH_SIZE, shape.WATCH_FPS, shape.LOOKBACK_NS, FEATURES, encoder.checksum)).encode()
+    )
     return digest.hexdigest()[:16]
 
 

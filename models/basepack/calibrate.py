@@ -18,12 +18,11 @@ from torch.nn import functional as F
 from models.basepack.labels import ACTIONS, SOUNDS
 from models.basepack.network import Calibration
 from models.basepack.predict import ActionScores, SoundScores
+from models.basepack.tables import ORDINARY
 from models.losses import known_cross_entropy
 
 MAX_FALSE_RATE = 0.01
 """Share of the windows without an action that may lie over its threshold, in all and in each kind of ordinary video."""
-ORDINARY = ("street", "people", "gestures", "stills")
-"""Data sets of ordinary video."""
 MIN_PRECISION = 0.6
 """A label that cannot be this right stays at ``HIGHEST_ON``."""
 BETA = 0.5
@@ -93,6 +92,28 @@ def calibrate(actions: ActionScores, sounds: SoundScores) -> Calibration:
             "class": _thresholds(sound_p, one_hot, SOUNDS, "none"),
         },
     )
+
+
+def at_thresholds(actions: ActionScores, calibration: Calibration) -> dict[str, dict[str, float | None]]:
+    """Precision, recall and false alarms of each label where its events start, camera as it was, out of fold.
+
+    The thresholds were chosen on the same scores, so this is how they were meant, not what is to be expected.
+    """
+    still = np.array([not w.encoded.tracks[w.track].moving for w in actions.windows])
+    scores, targets = sigmoid(actions.logits[still]), actions.targets[still]
+    table: dict[str, dict[str, float | None]] = {}
+    for label, (on, _) in calibration.thresholds["action"].items():
+        column = ACTIONS.index(label)
+        known = targets[:, column] >= 0
+        positive, over = targets[known, column] == 1, scores[known, column] >= on
+        hits = int((positive & over).sum())
+        table[label] = {
+            "on": on,
+            "precision": round(hits / int(over.sum()), 4) if over.any() else None,
+            "recall": round(hits / int(positive.sum()), 4) if positive.any() else None,
+            "false_alarm_rate": round(int((over & ~positive).sum()) / max(1, int((~positive).sum())), 4),
+        }
+    return table
 
 
 def threshold(

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from models import config
-from models.config import Positive, Rate, Share, Strict
+from models.config import Fraction01, NonNegative, Positive, Rate, Share, Strict
 
 
 class Schedule(Strict):
@@ -25,32 +25,29 @@ class Schedule(Strict):
 
 
 class ActionFit(Strict):
-    """The linear action head: full-batch logistic regression with an L2 penalty, so nothing is random."""
+    """The action head: full-batch logistic regressions with an L2 penalty, so nothing is random."""
 
     penalty: Annotated[float, Field(gt=0)]
     """Of the squared weights on standardised inputs."""
-    frame_scale: Annotated[float, Field(gt=0, le=1)]
-    """Scale of the frames' own features against their differences': the smaller, the heavier their penalty."""
-    audio_scale: Annotated[float, Field(gt=0, le=1)]
-    """The same for sound."""
+    frame_weight: Fraction01
+    """Say of the expert that sees how things look, against 1 of the one that sees what changes."""
+    band_weight: Fraction01
+    """Say of the one that sees at which height it changes."""
+    audio_weight: Fraction01
+    """Say of the one that hears."""
     iterations: Positive = 60
     """Of L-BFGS, at the most."""
 
 
-class TestGroups(Strict):
-    """Groups that no shipped weight, threshold or temperature has seen."""
+class SoundConfig(Strict):
+    """The sound network."""
 
-    __test__ = False
-    fights: tuple[str, ...]
-    """``source_id``"""
-    gmdcsa24: tuple[str, ...]
-    """Subjects."""
-    ut_interaction: tuple[str, ...]
-    """Sequences."""
-    weizmann: tuple[str, ...]
-    """Subjects."""
-    esc10: tuple[str, ...]
-    """Folds."""
+    mixtures: Positive = 6000
+    """Of each fold of ESC-10."""
+    steps: Positive = 500
+    """Updates."""
+    distill: NonNegative = 1.0
+    """Weight of agreeing with the teacher; 0 needs none."""
 
 
 class TrainConfig(Strict):
@@ -68,22 +65,14 @@ class TrainConfig(Strict):
     """Of everything random."""
     threads: Positive = 1
     """Of PyTorch; another number gives slightly other weights."""
-    folds: Annotated[int, Field(ge=2, le=10)] = 3
-    """Cross-validation over the training groups, for temperatures and thresholds."""
-    sound: Schedule
-    """The audio encoder and the class head."""
+    sound: SoundConfig = SoundConfig()
+    """The sound network and the class head."""
     action: ActionFit
     """The action head."""
     decoder: Schedule
     """The segmentation decoder."""
-    video_dropout: Share = 0.2
-    """Share of training windows without a picture."""
-    audio_dropout: Share = 0.3
-    """Share of training windows without sound."""
     limit: Positive | None = None
     """Recordings per data set, for a quick trial; all without."""
-    test: TestGroups
-    """Held out."""
 
 
 def read_config(path: Path) -> TrainConfig:

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from models.basepack.action import pooled, score
 from models.basepack.batches import service_windows
 from models.basepack.cache import Encoded
 from models.basepack.calibrate import sigmoid
+from models.basepack.hearing import Hearing
 from models.basepack.labels import ACTIONS
 from models.basepack.network import Calibration
-from models.basepack.predict import score_windows
 from models.basepack.window import WindowHead
 
 SMOOTHING = 0.6
@@ -26,13 +27,13 @@ ON_WINDOWS, OFF_WINDOWS = 2, 3
 
 
 def everyday_metrics(
-    head: WindowHead, calibration: Calibration, clips: Sequence[Encoded]
+    head: WindowHead, calibration: Calibration, clips: Sequence[Encoded], hearing: Hearing
 ) -> dict[str, dict[str, object]]:
     """Per clip: windows, and for each label that was ever over its threshold the windows over it and the events."""
     table: dict[str, dict[str, object]] = {}
     for clip in clips:
         windows = service_windows(clip)
-        scores = sigmoid(score_windows(head, windows)[0] / calibration.action_temperature)
+        scores = sigmoid(score(head, pooled(windows, hearing)) / calibration.action_temperature)
         over, started = {}, {}
         for label, (on, off) in calibration.thresholds.get("action", {}).items():
             column = scores[:, ACTIONS.index(label)]
@@ -47,8 +48,8 @@ def everyday_metrics(
 def events_started(scores: NDArray[np.float32], on: float, off: float) -> int:
     """Events that one label's scores ``[N]`` of consecutive windows start."""
     smooth, over, under, running, started = float("nan"), 0, 0, False, 0
-    for score in scores.tolist():
-        smooth = score if np.isnan(smooth) else SMOOTHING * score + (1 - SMOOTHING) * smooth
+    for value in scores.tolist():
+        smooth = value if np.isnan(smooth) else SMOOTHING * value + (1 - SMOOTHING) * smooth
         over = over + 1 if smooth >= on else 0
         under = under + 1 if smooth < off else 0
         if running:

@@ -14,24 +14,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from models.backbones.frame import FEATURES, EfficientNetLite0, FrameEncoder
-from models.basepack import network
+from models.backbones.frame import EfficientNetLite0
+from models.basepack import shape
+from models.basepack.watch import FEATURES, WatchEncoder
 
 BATCH = 8
 Floats = NDArray[np.float32]
 
 
 class FrozenEncoder:
-    """Encodes samples in batches; the same numbers as ``FrameEncoder`` to about 1e-5."""
+    """Encodes samples in batches; the same numbers as ``WatchEncoder`` to about 1e-5."""
 
     def __init__(self, trunk: EfficientNetLite0, folder: Path, threads: int = 2) -> None:
         self.checksum = checksum(trunk)
-        example = torch.zeros(2, 2, network.WATCH_SIZE, network.WATCH_SIZE, 3, dtype=torch.uint8)
-        path = folder / f"encoder-{self.checksum}.onnx"
-        self._session = _session(FrameEncoder(trunk), example, path, threads)
+        example = torch.zeros(2, 2, shape.WATCH_SIZE, shape.WATCH_SIZE, 3, dtype=torch.uint8)
+        path = folder / f"watch-{self.checksum}.onnx"
+        self._session = _session(WatchEncoder(trunk), example, path, threads)
 
     def encode(self, frames: NDArray[np.uint8]) -> Floats:
-        """uint8 ``[S, 2, H, W, 3]`` to float32 ``[S, 2560]``."""
+        """uint8 ``[S, 2, H, W, 3]`` to float32 ``[S, FEATURES]``."""
         starts = range(0, len(frames), BATCH)
         parts = [self._session.run(None, {"frames": frames[first : first + BATCH]})[0] for first in starts]
         return np.concatenate(parts) if parts else np.zeros((0, FEATURES), np.float32)
@@ -41,7 +42,7 @@ class FrozenPyramid:
     """The maps that the segmentation decoder reads; the same numbers as ``EfficientNetLite0.pyramid``."""
 
     def __init__(self, trunk: EfficientNetLite0, folder: Path, threads: int = 2) -> None:
-        example = torch.zeros(2, network.SCENE_HEIGHT, network.SCENE_WIDTH, 3, dtype=torch.uint8)
+        example = torch.zeros(2, shape.SCENE_HEIGHT, shape.SCENE_WIDTH, 3, dtype=torch.uint8)
         self._session = _session(_Pyramid(trunk), example, folder / f"pyramid-{checksum(trunk)}.onnx", threads)
 
     def encode(self, frames: NDArray[np.uint8]) -> Sequence[Floats]:

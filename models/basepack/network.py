@@ -11,43 +11,32 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.backbones.frame import EfficientNetLite0, FrameEncoder
+from models.backbones.frame import EfficientNetLite0
 from models.basepack.labels import ACTIONS, SCENE, SOUNDS
 from models.basepack.scene_net import PyramidDecoder, SceneSegmenter
+from models.basepack.watch import WatchEncoder
 from models.basepack.window import WindowHead
 from models.errors import WeightsError
 
 WEIGHTS_FILE = "base.safetensors"
 CALIBRATION_FILE = "base.json"
-VERSION = "1"
-
-WATCH_SIZE = 160
-"""Side of the frames that actions are seen in."""
-WATCH_FPS = 4
-WATCH_SAMPLES = 8
-"""Samples of a window."""
-WATCH_WINDOW_NS = 2_000_000_000
-WATCH_HOP_NS = 500_000_000
-LOOKBACK_NS = 60_000_000
-AUDIO_SAMPLES = 32_000
-"""Samples of sound in a window at 16 kHz."""
-SCENE_WIDTH, SCENE_HEIGHT = 320, 240
-SCENE_WINDOW_NS = 1_000_000_000
+METRICS_FILE = "metrics.json"
+VERSION = "2"
 
 
 class BaseModel(nn.Module):
     """Everything the base pack computes. The graphs that are exported are its parts, not copies of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, trunk: EfficientNetLite0 | None = None) -> None:
         super().__init__()
-        self.trunk = EfficientNetLite0()
-        self.window = WindowHead()
+        self.trunk = trunk or EfficientNetLite0()
+        self.window = WindowHead(self.trunk)
         self.decoder = PyramidDecoder()
 
     @property
-    def encoder(self) -> FrameEncoder:
+    def encoder(self) -> WatchEncoder:
         """Graph ``encoder``: one sample to its features."""
-        return FrameEncoder(self.trunk)
+        return WatchEncoder(self.trunk)
 
     @property
     def segmenter(self) -> SceneSegmenter:
@@ -130,12 +119,12 @@ def load_weights(folder: Path) -> tuple[BaseModel, str]:
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise WeightsError(f"{path} is not a weights file of the base pack ({reason}); train it again") from error
-    odd = [name for name in missing if _stored(name)] + unexpected
+    odd = [name for name in missing if _stored(name)] + list(unexpected)
     if odd:
         raise WeightsError(f"{path} is of another architecture ({odd[0]}); train it again")
     return model.eval().requires_grad_(False), hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _stored(name: str) -> bool:
-    """Batch counters of normalisation layers mean nothing after training."""
-    return not name.endswith("num_batches_tracked")
+    """Batch counters of normalisation layers mean nothing after training; the ear's trunk is the model's own."""
+    return not name.endswith("num_batches_tracked") and not name.startswith("window.ear.trunk.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,23 +10,15 @@ import torch
 from numpy.typing import NDArray
 
 from models.audio import compress
-from models.basepack.batches import (
-    MEL_FRAMES,
-    MEL_RATE,
-    NONE,
-    LabelledMel,
-    Window,
-    cut_mel,
-    service_windows,
-    window_features,
-)
-from models.basepack.cache import Encoded
-from models.basepack.labels import ACTIONS, SOUNDS
-from models.basepack.window import WindowHead
+from models.basepack.batches import MEL_FRAMES, MEL_RATE, NONE, Window, cut_mel, service_windows
+from models.basepack.cache import Encoded, encode_sound
+from models.basepack.hearing import own_sound
+from models.basepack.sound import FrozenEar, SoundNet
+from models.basepack.sound_bank import FOLDS
+from models.basepack.tables import Sound
 from models.losses import IGNORE
 
 Floats = NDArray[np.float32]
-BATCH = 64
 AUDIBLE = 0.02
 """A window of an ESC-10 recording counts as its class when its loudest instant has at least this share of the
 recording's loudest, as ``none`` under …"""
@@ -41,9 +33,9 @@ class ActionScores:
     windows: tuple[Window, ...]
     """The windows."""
     logits: Floats
-    """float32 ``[N, 16]``."""
+    """float32 ``[N, 20]``."""
     targets: NDArray[np.int8]
-    """int8 ``[N, 16]``: 1, 0, -1 unknown."""
+    """int8 ``[N, 20]``: 1, 0, -1 unknown."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,75 +46,45 @@ class SoundScores:
     """float32 ``[N, 11]``."""
     targets: NDArray[np.int64]
     """int64 ``[N]``."""
-    clips: NDArray[np.int64]
-    """int64 ``[N]``: number of the ESC-10 recording, -1 for windows of video recordings."""
 
 
-def score_actions(
-    head: WindowHead, encoded: Sequence[Encoded], windows_of: Callable[[Encoded], list[Window]] = service_windows
-) -> ActionScores:
-    """Actions in every window, with the recordings' own sound."""
-    windows = tuple(window for item in encoded for window in windows_of(item))
-    return ActionScores(windows, score_windows(head, windows)[0], _stack([w.targets for w in windows]))
+def score_sounds(
+    nets: Mapping[str, SoundNet], ear: FrozenEar, sounds: Sequence[Sound], encoded: Sequence[Encoded]
+) -> SoundScores:
+    """Windows of ESC-10 recordings, and of the tracks of video recordings, where there are none of its sounds.
 
-
-def score_windows(head: WindowHead, windows: Sequence[Window]) -> tuple[Floats, Floats]:
-    """Logits of actions float32 ``[N, 16]`` and of sounds float32 ``[N, 11]``."""
-    actions: list[Floats] = [np.zeros((0, len(ACTIONS)), np.float32)]
-    sounds: list[Floats] = [np.zeros((0, len(SOUNDS)), np.float32)]
-    for first in range(0, len(windows), BATCH):
-        part = windows[first : first + BATCH]
-        features, masks = zip(*(window_features(window) for window in part), strict=True)
-        powers, coverage = zip(*(own_sound(window) for window in part), strict=True)
-        with torch.inference_mode():
-            action, heard, *_ = head.judge(
-                torch.from_numpy(np.stack(features)),
-                torch.from_numpy(np.stack(masks)),
-                compress(torch.from_numpy(np.stack(powers))),
-                torch.tensor(coverage),
-            )
-        actions.append(action.numpy())
-        sounds.append(heard.numpy())
-    return np.concatenate(actions), np.concatenate(sounds)
-
-
-def own_sound(window: Window) -> tuple[Floats, float]:
-    """Mel power of the recording's own sound under a window, and the share covered."""
-    if window.encoded.mel is None:
-        return np.zeros((64, MEL_FRAMES), np.float32), 0.0
-    return cut_mel(window.encoded.mel, round(window.start_s * MEL_RATE))
-
-
-def score_sounds(head: WindowHead, sounds: Sequence[LabelledMel], encoded: Sequence[Encoded]) -> SoundScores:
-    """Sounds in every window of ESC-10 recordings, and in the tracks of video recordings, where there are none."""
-    cuts, targets, clips = sound_windows(sounds, encoded)
-    logits = []
-    for first in range(0, len(cuts), BATCH):
-        spectrogram = compress(torch.from_numpy(cuts[first : first + BATCH]))
-        with torch.inference_mode():
-            logits.append(head.sound(head.audio(spectrogram)).numpy())
-    return SoundScores(np.concatenate(logits), targets, clips)
-
-
-def sound_windows(
-    sounds: Sequence[LabelledMel], encoded: Sequence[Encoded]
-) -> tuple[Floats, NDArray[np.int64], NDArray[np.int64]]:
-    """Mel power float32 ``[N, 64, 100]``, class and number of the ESC-10 recording (-1: a video's track)."""
-    rows: list[tuple[Floats, int, int]] = []
-    for number, sound in enumerate(sounds):
-        loudest = sound.power.sum(axis=0).max()
-        for first in range(0, sound.power.shape[1] - MEL_FRAMES + 1, MEL_RATE // 2):
-            cut, _ = cut_mel(sound.power, first)
-            share = cut.sum(axis=0).max() / max(loudest, 1e-12)
-            label = sound.label if share >= AUDIBLE else NONE if share < INAUDIBLE else IGNORE
-            rows.append((cut, label, number))
-    for item in encoded:
+    ``nets`` by the fold that they have not heard; tracks are dealt to the folds as in training.
+    """
+    rows: list[tuple[str, Floats, int]] = []
+    for sound in sounds:
+        rows += [(sound.fold, cut, label) for cut, label in _cuts(encode_sound(sound.path), sound.label)]
+    for item, fold in zip(encoded, track_folds(encoded), strict=True):
         if item.mel is not None:
-            rows += [(own_sound(window)[0], NONE, -1) for window in service_windows(item)]
-    kept = [row for row in rows if row[1] != IGNORE]
-    cuts, targets, clips = zip(*kept, strict=True)
-    return np.stack(cuts), np.array(targets, np.int64), np.array(clips, np.int64)
+            rows += [(fold, own_sound(window)[0], NONE) for window in service_windows(item)]
+    folds, cuts, targets = zip(*rows, strict=True)
+    features = ear.hear(compress(torch.from_numpy(np.stack(cuts))).numpy())
+    logits = np.zeros((len(rows), NONE + 1), np.float32)
+    for fold, net in nets.items():
+        own = np.array([name == fold for name in folds])
+        with torch.inference_mode():
+            logits[own] = net(torch.from_numpy(features[own])).numpy()
+    return SoundScores(logits, np.array(targets, np.int64))
 
 
-def _stack(targets: list[NDArray[np.int8]]) -> NDArray[np.int8]:
-    return np.stack(targets) if targets else np.zeros((0, len(ACTIONS)), np.int8)
+def track_folds(encoded: Sequence[Encoded]) -> list[str]:
+    """ESC-10's fold whose mixtures hold a recording's track."""
+    groups: dict[str, list[str]] = {}
+    for item in encoded:
+        groups.setdefault(item.recording.dataset, []).append(item.recording.group)
+    places = {name: sorted(set(members)) for name, members in groups.items()}
+    return [FOLDS[places[i.recording.dataset].index(i.recording.group) % len(FOLDS)] for i in encoded]
+
+
+def _cuts(power: Floats, label: int) -> list[tuple[Floats, int]]:
+    loudest = max(float(power.sum(axis=0).max()), 1e-12)
+    found = []
+    for first in range(0, max(1, power.shape[1] - MEL_FRAMES + 1), MEL_RATE // 2):
+        cut, _ = cut_mel(power, first)
+        share = float(cut.sum(axis=0).max()) / loudest
+        found.append((cut, label if share >= AUDIBLE else NONE if share < INAUDIBLE else IGNORE))
+    return [row for row in found if row[1] != IGNORE]

@@ -65,7 +65,7 @@ class RetrievalHead(nn.Module):
 
     def embed_pooled(self, pooled: Tensor, seen: Tensor, audio: Tensor, heard: Tensor) -> Tensor:
         """As ``embed_clip`` from pooled features ``[B, POOLED]``; ``seen`` and ``heard`` ``[B]``, 0 for absent."""
-        sight = self.see((pooled - self.video_centre) * self.video_scale)
+        sight = self.see((pooled.square() - self.video_centre) * self.video_scale)
         noise = self.hear((audio - self.audio_centre) * self.audio_scale)
         zero = torch.zeros_like(sight)
         both = torch.where(seen[:, None] > 0, sight, zero) + torch.where(heard[:, None] > 0, noise, zero)
@@ -157,6 +157,7 @@ def _standardise(head: RetrievalHead, clips: Sequence[Captioned], frame_scale: f
     video = np.concatenate([clip.video for clip in clips if len(clip.video)] or [np.zeros((1, POOLED), np.float32)])
     audio = np.concatenate([clip.audio for clip in clips if len(clip.audio)] or [np.zeros((1, EMBEDDING), np.float32)])
     length = len(head.video_centre)
+    video = np.square(video)
     head.video_centre.copy_(torch.from_numpy(video.mean(axis=0)))
     # The looks of a place say little about what happens in it; its differences do.
     prior = torch.ones(length)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.basepack import network
+from models.basepack import shape
 from models.basepack.cache import recolour
 from models.basepack.frozen import FrozenPyramid
 from models.basepack.labels import SCENE, VOID
@@ -60,7 +60,7 @@ def encode_scenes(
 
 def view(item: LabelledImage, number: int, random: np.random.Generator) -> tuple[Images, Mask]:
     """One view of a picture and its mask at the size served: 0 plain, 1 mirrored, others cropped and recoloured."""
-    width, height = network.SCENE_WIDTH, network.SCENE_HEIGHT
+    width, height = shape.SCENE_WIDTH, shape.SCENE_HEIGHT
     if number >= 2:
         zoom = random.uniform(1.0, 1.5)
         width, height = round(width * zoom), round(height * zoom)
@@ -68,9 +68,9 @@ def view(item: LabelledImage, number: int, random: np.random.Generator) -> tuple
     mask = read_image(item.mask, width, height, indices=True)
     if mask.max() > VOID:
         raise DataError(f"{item.mask} holds class {mask.max()}, over {VOID}; get the data again")
-    left = int(random.integers(0, width - network.SCENE_WIDTH + 1))
-    top = int(random.integers(0, height - network.SCENE_HEIGHT + 1))
-    rows, columns = slice(top, top + network.SCENE_HEIGHT), slice(left, left + network.SCENE_WIDTH)
+    left = int(random.integers(0, width - shape.SCENE_WIDTH + 1))
+    top = int(random.integers(0, height - shape.SCENE_HEIGHT + 1))
+    rows, columns = slice(top, top + shape.SCENE_HEIGHT), slice(left, left + shape.SCENE_WIDTH)
     picture, mask = picture[rows, columns], mask[rows, columns]
     if number >= 2:
         picture = recolour(picture[None], random)[0]

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from models.audio import EMBEDDING, MELS, LogMel, compress
 from models.backbones.frame import EfficientNetLite0
-from models.basepack import frozen, network
+from models.basepack import frozen, shape
 from models.basepack.batches import MEL_FRAMES, MEL_RATE
 from models.basepack.fit import pace
 from models.basepack.labels import SOUNDS
@@ -255,7 +255,7 @@ def clip_features(samples: Floats, ear: FrozenEar) -> Floats:
 
     ``samples`` float32 ``[N]`` at 16 kHz; silence follows a recording shorter than a window.
     """
-    audio = np.pad(samples, (0, max(0, network.AUDIO_SAMPLES - len(samples))))
+    audio = np.pad(samples, (0, max(0, shape.AUDIO_SAMPLES - len(samples))))
     with torch.inference_mode():
         mel = LogMel()(torch.from_numpy(audio)[None])[0].numpy()
     starts = range(0, mel.shape[1] - MEL_FRAMES + 1, CLIP_HOP)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.audio import SAMPLE_RATE, LogMel
-from models.basepack import network
+from models.basepack import shape
 from models.basepack.cache import Advance
 from models.basepack.labels import SOUNDS
 from models.basepack.teacher import Teacher
@@ -26,7 +26,7 @@ from models.errors import DataError
 FOLDS = ("1", "2", "3", "4")
 """ESC-10's folds that are here."""
 NONE = SOUNDS.index("none")
-WINDOW = network.AUDIO_SAMPLES
+WINDOW = shape.AUDIO_SAMPLES
 AUDIBLE_DB = 20.0
 """A cut is of its recording's class when its loudest tenth of a second is at most this far below the loudest."""
 VERSION = 1

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 from models.basepack.labels import SOUNDS
 from models.errors import DataError
 
 Row = dict[str, str]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,8 @@ WEIZMANN_LABELS = {
     "wave_one_hand",
     "wave_two_hands",
 }
+ORDINARY = ("street", "people", "gestures", "stills")
+"""Data sets of ordinary video, which only show what is not there."""
 STILLS = "stills"
 """Data set of single pictures, which only a moving camera makes a recording of."""
 _BACKGROUND = {
@@ -243,3 +247,13 @@ def _folder(path: Path) -> Path:
     if not path.is_dir():
         raise DataError(f"no folder {path}; set `data` in the configuration to where the training data lies")
     return path
+
+
+def limited(items: Sequence[T], limit: int | None, key: Callable[[T], object]) -> tuple[T, ...]:
+    """At most ``limit`` items of each key, spread over all of them."""
+    groups: dict[object, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    if limit is None:
+        return tuple(items)
+    return tuple(item for group in groups.values() for item in group[:: max(1, len(group) // limit)][:limit])

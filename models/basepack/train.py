@@ -1,47 +1,50 @@
 """Train the base pack: `sightwire train models/configs/base.yaml`.
 
-Straight through: read and check the data; encode it once with the frozen trunk; cross-validate the window head
-over the training groups for temperatures and thresholds; train it on all of them; train the segmentation
-decoder; store the weights; measure them on the groups held out. Every stage goes on where it was interrupted.
+Straight through: read and check the data; encode it once with the frozen trunk; train the sound networks, the action
+heads and the retrieval heads, each once for all data and once for every fold held out; find temperatures and
+thresholds by the scores of the latter; train the segmentation decoder; store the weights; measure them. What takes
+long goes on where it was interrupted.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.audio import compress
 from models.backbones.frame import EfficientNetLite0, imagenet_trunk
-from models.basepack import baselines, tables
-from models.basepack.action import fit_action, rescale
-from models.basepack.batches import LabelledMel, Mixer, calibration_windows, service_windows, training_windows
-from models.basepack.cache import PLAIN, Encoded, encode_all, encode_recording, encode_sound
-from models.basepack.calibrate import calibrate, label_scaling
-from models.basepack.config import TestGroups, TrainConfig, read_config
-from models.basepack.evaluate import Metrics, Parts, cross_validated, evaluate
+from models.basepack import tables
+from models.basepack.action import Pooled, fit_action, pooled, rescale, score
+from models.basepack.batches import Window, calibration_windows, training_windows
+from models.basepack.cache import PLAIN, Encoded, encode_all, encode_recording
+from models.basepack.calibrate import at_thresholds, calibrate, label_scaling
+from models.basepack.config import TrainConfig, read_config
+from models.basepack.everyday import everyday_metrics
 from models.basepack.fit import Stage, fit
+from models.basepack.folds import SET2, folds_of, in_second_place, save_heads
 from models.basepack.frozen import FrozenEncoder, FrozenPyramid
-from models.basepack.network import BaseModel, load_weights, save_weights
-from models.basepack.predict import ActionScores, SoundScores, score_actions, score_sounds
+from models.basepack.hearing import Hearing
+from models.basepack.network import BaseModel, Calibration, load_weights, save_weights
+from models.basepack.predict import ActionScores, score_sounds
+from models.basepack.protocol import Figures, evaluate_weights, gallery, write_metrics
+from models.basepack.retrieval import RetrievalFit
+from models.basepack.retrieval_protocol import save_heads as save_retrieval
+from models.basepack.retrieval_protocol import train_retrieval
 from models.basepack.scene_net import PyramidDecoder
-from models.basepack.scenes import VIEWS, EncodedScenes, class_weights, encode_scenes, scene_loss
-from models.basepack.tables import LabelledImage, Recording, Sound
+from models.basepack.scenes import VIEWS, class_weights, encode_scenes, scene_loss
+from models.basepack.sound import FrozenEar, SoundFit, SoundNet
+from models.basepack.sound import save_folds as save_sounds
+from models.basepack.sound_protocol import hear_all, read_waveforms, train_sounds
+from models.basepack.tables import LabelledImage, Recording, Sound, limited
+from models.basepack.teacher import Teacher
 from models.basepack.window import WindowHead
-from models.losses import IGNORE, known_cross_entropy
 from models.progress import Report, console_progress
-
-METRICS_FILE = "metrics.json"
-T = TypeVar("T")
 
 
 def train(
@@ -52,7 +55,7 @@ def train(
     out_dir: Path | None = None,
     resume: bool = True,
     report: Report | None = None,
-) -> Metrics:
+) -> Figures:
     """Train by a configuration, write weights, calibration and metrics, and return the metrics.
 
     ``data_dir``, ``cache_dir`` and ``out_dir`` stand in for the configuration's. With ``resume`` off the state of
@@ -64,46 +67,55 @@ def train(
     given = {"data": data_dir, "cache": cache_dir, "out": out_dir}
     config = config.model_copy(update={key: value for key, value in given.items() if value is not None})
     if not resume:
-        for part in (_sound_run(config), _decoder_run(config)):
-            shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(_decoder_run(config), ignore_errors=True)
     if report is None:
         with console_progress() as shown:
             return _train(config, shown)
     return _train(config, report)
 
 
-def _train(config: TrainConfig, report: Report) -> Metrics:
+def _train(config: TrainConfig, report: Report) -> Figures:
     read = read_tables(config)
     torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True)
-    trunk = stored_trunk()
-    train_part, test_part = load_parts(config, read, trunk, report)
+    config.cache.mkdir(parents=True, exist_ok=True)
+    config.out.mkdir(parents=True, exist_ok=True)
+    model = BaseModel(stored_trunk())
+    ear = FrozenEar(model.trunk, config.cache, config.threads)
+    encoder = FrozenEncoder(model.trunk, config.cache, config.threads)
+    count = _counter(report, "encode video", len(read.recordings))
+    encoded = list(encode_all(read.recordings, encoder, config.cache, count))
 
-    run = _sound_run(config)
-    oof_actions, oof_sounds, oof_plain = cross_validate(config, train_part, run, report)
-    scaling = label_scaling(oof_actions)
-    oof_actions = scaling(oof_actions)
-    calibration = calibrate(oof_actions, oof_sounds)
+    shipped, held_out = fit_sounds(config, read, ear, report)
+    save_sounds(held_out, config.out)
+    model.window.sound.load_state_dict(shipped.state_dict())
 
-    model = BaseModel()
-    model.trunk = trunk
-    model.window = fit_window(config, train_part.recordings, train_part.sounds, run / "window", report)
-    rescale(model.window, scaling.slope, scaling.offset)
-    model.decoder = fit_decoder(config, train_part.scenes, _decoder_run(config) / "decoder", report)
+    actions = fit_actions(config, model, encoded, Hearing(model.window.sound, ear), report)
+    calibration = calibrate(actions, score_sounds(held_out, ear, read.sounds, encoded))
 
+    labelled = gallery(config.data, encoded, ear, read.sounds)
+    save_retrieval(train_retrieval(labelled, shipped, held_out, RetrievalFit(), config.seed, report), config.out)
+
+    model.decoder = fit_decoder(config, read, model.trunk, report)
     save_weights(model, config.out)
     calibration.write(config.out)
-    # Measured as they are stored, in half precision, not as they were trained.
-    stored, checksum = load_weights(config.out)
-    encoder = FrozenEncoder(trunk, config.cache, config.threads)
-    everyday = [encode_recording(item, encoder, config.cache, (PLAIN,)) for item in tables.everyday(config.data)]
-    metrics = {
-        "weights_sha256": checksum,
-        **evaluate(stored, calibration, train_part, test_part, everyday),
-        "cross_validation": cross_validated(oof_actions, oof_plain),
+    return _measured(config, calibration, actions, ear, report)
+
+
+def _measured(
+    config: TrainConfig, calibration: Calibration, actions: ActionScores, ear: FrozenEar, report: Report
+) -> Figures:
+    """Figures of the weights as they are stored, in half precision, not as they were trained."""
+    figures = evaluate_weights(config.out, config.data, cache=config.cache, limit=config.limit, report=report)
+    stored, _ = load_weights(config.out)
+    encoder = FrozenEncoder(stored.trunk, config.cache, config.threads)
+    clips = [encode_recording(item, encoder, config.cache, (PLAIN,)) for item in tables.everyday(config.data)]
+    extra = {
+        "at_thresholds": at_thresholds(actions, calibration),
+        "everyday": everyday_metrics(stored.window, calibration, clips, Hearing(stored.window.sound, ear)),
     }
-    (config.out / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    return metrics
+    write_metrics(config.out, {**figures, **extra})  # type: ignore[dict-item]
+    return figures
 
 
 def stored_trunk() -> EfficientNetLite0:
@@ -120,123 +132,78 @@ class Tables:
     """Which files there are and what is said of them."""
 
     recordings: tuple[Recording, ...]
+    """Video."""
     sounds: tuple[Sound, ...]
-    train_scenes: tuple[LabelledImage, ...]
-    val_scenes: tuple[LabelledImage, ...]
+    """ESC-10."""
+    scenes: tuple[LabelledImage, ...]
+    """CamVid's train part."""
 
 
 def read_tables(config: TrainConfig) -> Tables:
     """Read and check every table before anything long begins. Raises ``DataError``."""
     return Tables(
-        recordings=_limited(tables.recordings(config.data), config.limit, lambda r: r.dataset),
-        sounds=_limited(tables.sounds(config.data), config.limit, lambda s: (s.label, s.fold)),
-        train_scenes=tables.scenes(config.data, "train")[: config.limit],
-        val_scenes=tables.scenes(config.data, "val")[: config.limit],
+        recordings=limited(tables.recordings(config.data), config.limit, lambda r: r.dataset),
+        sounds=limited(tables.sounds(config.data), config.limit, lambda s: (s.label, s.fold)),
+        scenes=tables.scenes(config.data, "train")[: config.limit],
     )
 
 
-def load_parts(config: TrainConfig, read: Tables, trunk: EfficientNetLite0, report: Report) -> tuple[Parts, Parts]:
-    """All data, decoded, encoded and split. Raises ``DataError``."""
-    recordings, files = read.recordings, read.sounds
-    scenes = {"train": read.train_scenes, "val": read.val_scenes}
-    encoder = FrozenEncoder(trunk, config.cache, config.threads)
-    pyramid = FrozenPyramid(trunk, config.cache, config.threads)
-    encoded = tuple(encode_all(recordings, encoder, config.cache, _counter(report, "encode video", len(recordings))))
-    advance = _counter(report, "encode sound", len(files))
-    sounds = []
-    for file in files:
-        sounds.append(LabelledMel(encode_sound(file.path), file.label, file.fold, file.path.name))
-        advance()
-    advance = _counter(report, "encode scenes", sum(len(items) for items in scenes.values()))
-    views = {"train": VIEWS, "val": 1}
-    maps = {
-        part: encode_scenes(items, pyramid, views=views[part], seed=config.seed, advance=advance)
-        for part, items in scenes.items()
-    }
-    return _split(config.test, encoded, tuple(sounds), maps)
+def fit_sounds(
+    config: TrainConfig, read: Tables, ear: FrozenEar, report: Report
+) -> tuple[SoundNet, dict[str, SoundNet]]:
+    """The sound network of all folds, and by fold the one that has not heard it."""
+    teacher = Teacher(config.data, config.threads) if config.sound.distill else None
+    waveforms = read_waveforms(read.sounds, read.recordings)
+    mixtures = config.sound.mixtures
+    heard = hear_all(waveforms, ear, config.cache, report, mixtures=mixtures, teacher=teacher)
+    fit_config = SoundFit(steps=config.sound.steps, distill=config.sound.distill)
+    return train_sounds(heard, fit_config, config.seed, report)
 
 
-def _split(
-    test: TestGroups, encoded: tuple[Encoded, ...], sounds: tuple[LabelledMel, ...], maps: dict[str, EncodedScenes]
-) -> tuple[Parts, Parts]:
-    parts = []
-    for held_out, scenes in ((False, maps["train"]), (True, maps["val"])):
-        parts.append(
-            Parts(
-                tuple(item for item in encoded if is_test(test, item.recording) == held_out),
-                tuple(sound for sound in sounds if (sound.fold in test.esc10) == held_out),
-                scenes,
-            )
-        )
-    return parts[0], parts[1]
+def fit_actions(
+    config: TrainConfig, model: BaseModel, encoded: Sequence[Encoded], hearing: Hearing, report: Report
+) -> ActionScores:
+    """Train the head of ``model`` on all groups, and store those of the folds beside it.
+
+    Returns the scores of every recording by the head that has not seen its group, scaled as the model's are.
+    """
+    learned = pooled([w for item in encoded for w in training_windows(item)], hearing)
+    asked = pooled([w for item in encoded for w in calibration_windows(item)], hearing)
+    folds = dict(zip((id(item) for item in encoded), folds_of([i.recording for i in encoded]), strict=True))
+    train_at, ask_at = _folds(learned.windows, folds), _folds(asked.windows, folds)
+    heads: dict[str, WindowHead] = {}
+    logits = np.zeros(tuple(asked.targets.shape), np.float32)
+    for number, fold in enumerate(sorted(set(folds.values())), start=1):
+        heads[str(fold)] = _fitted(config, model, learned.rows(train_at != fold))
+        if (ask_at == fold).any():
+            logits[ask_at == fold] = score(heads[str(fold)], asked.rows(ask_at == fold))
+        report("actions by fold", number, len(set(folds.values())), None)
+    elsewhere = np.array([in_second_place(window.encoded.recording) for window in learned.windows])
+    heads[SET2] = _fitted(config, model, learned.rows(~elsewhere))
+    save_heads(heads, config.out)
+    scores = ActionScores(asked.windows, logits, asked.targets.numpy())
+    scaling = label_scaling(scores)
+    fit_action(model.window, learned, config.action)
+    rescale(model.window, scaling.slope, scaling.offset)
+    return scaling(scores)
 
 
-def is_test(test: TestGroups, recording: Recording) -> bool:
-    """Whether a recording's group is held out. Street traffic, which only says what is not there, never is."""
-    return recording.group in getattr(test, recording.dataset.replace("-", "_"), ())
-
-
-def fold_of(groups: Sequence[str], group: str, folds: int) -> int:
-    """Fold of a group among the training groups of its data set."""
-    return sorted(set(groups)).index(group) % folds
-
-
-def cross_validate(
-    config: TrainConfig, part: Parts, run: Path, report: Report
-) -> tuple[ActionScores, SoundScores, NDArray[np.float32]]:
-    """Scores of every training group by weights that have not seen it, and the baseline's logits of the actions."""
-    groups: dict[str, list[str]] = {}
-    for item in part.recordings:
-        groups.setdefault(item.recording.dataset, []).append(item.recording.group)
-    video = [fold_of(groups[i.recording.dataset], i.recording.group, config.folds) for i in part.recordings]
-    sound = [fold_of([s.fold for s in part.sounds], s.fold, config.folds) for s in part.sounds]
-    actions, sounds, plain = [], [], []
-    for fold in range(config.folds):
-        kept = [item for item, at in zip(part.recordings, video, strict=True) if at != fold]
-        left = [item for item, at in zip(part.recordings, video, strict=True) if at == fold]
-        kept_sounds = [item for item, at in zip(part.sounds, sound, strict=True) if at != fold]
-        left_sounds = [item for item, at in zip(part.sounds, sound, strict=True) if at == fold]
-        head = fit_window(config, kept, kept_sounds, run / f"fold{fold}", report)
-        actions.append(score_actions(head, left, calibration_windows))
-        baseline = baselines.fit_actions([window for item in kept for window in service_windows(item)])
-        plain.append(baseline.scores(baselines.pooled_features(actions[-1].windows)))
-        sounds.append(score_sounds(head, left_sounds, left))
-    return _joined_actions(actions), _joined_sounds(sounds), np.concatenate(plain)
-
-
-def fit_window(
-    config: TrainConfig,
-    recordings: Sequence[Encoded],
-    sounds: Sequence[LabelledMel],
-    state: Path,
-    report: Report,
-    *,
-    stop_at: int | None = None,
-) -> WindowHead:
-    """The window head trained on these recordings and sounds; the state of its sound part is kept at ``state``."""
-    torch.manual_seed(config.seed)
-    head = WindowHead()
-    # On a processor depthwise convolutions are twice as fast in this layout.
-    head.audio.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    windows = [window for item in recordings for window in training_windows(item)]
-    mixer = Mixer(windows, sounds, video_dropout=config.video_dropout, audio_dropout=config.audio_dropout)
-    part = nn.ModuleDict({"audio": head.audio, "sound": head.sound})
-
-    def loss_of(random: np.random.Generator) -> Tensor:
-        batch = mixer.draw(random, config.sound.batch)
-        # What is not there has no class, and normalisation by batch must not count it.
-        power, classes = batch.power[batch.sounds != IGNORE], batch.sounds[batch.sounds != IGNORE]
-        return known_cross_entropy(head.sound(head.audio(compress(power))), classes)
-
-    stage = Stage(state.name, config.sound, config.seed, state.with_suffix(".safetensors"))
-    fit(part, loss_of, stage, report, stop_at=stop_at)
-    head.eval().requires_grad_(False)
-    fit_action(head, mixer, config.action, config.seed)
+def _fitted(config: TrainConfig, model: BaseModel, data: Pooled) -> WindowHead:
+    head = WindowHead(model.trunk)
+    head.sound = model.window.sound
+    fit_action(head, data, config.action)
     return head
 
 
-def fit_decoder(config: TrainConfig, scenes: EncodedScenes, state: Path, report: Report) -> PyramidDecoder:
-    """The segmentation decoder trained on these scenes; its state is kept at ``state``."""
+def _folds(windows: Iterable[Window], folds: dict[int, int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.array([folds[id(window.encoded)] for window in windows], np.int64)
+
+
+def fit_decoder(config: TrainConfig, read: Tables, trunk: EfficientNetLite0, report: Report) -> PyramidDecoder:
+    """The segmentation decoder trained on CamVid's train part; its state is kept in the cache."""
+    pyramid = FrozenPyramid(trunk, config.cache, config.threads)
+    advance = _counter(report, "encode scenes", len(read.scenes))
+    scenes = encode_scenes(read.scenes, pyramid, views=VIEWS, seed=config.seed, advance=advance)
     torch.manual_seed(config.seed)
     decoder = PyramidDecoder()
     decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -245,48 +212,15 @@ def fit_decoder(config: TrainConfig, scenes: EncodedScenes, state: Path, report:
     def loss_of(random: np.random.Generator) -> Tensor:
         return scene_loss(decoder, scenes, weights, config.decoder.batch, random)
 
+    state = _decoder_run(config) / "decoder"
     fit(decoder, loss_of, Stage(state.name, config.decoder, config.seed, state.with_suffix(".safetensors")), report)
     return decoder.requires_grad_(False)
 
 
-def _joined_actions(parts: Sequence[ActionScores]) -> ActionScores:
-    return ActionScores(
-        tuple(window for part in parts for window in part.windows),
-        np.concatenate([part.logits for part in parts]),
-        np.concatenate([part.targets for part in parts]),
-    )
-
-
-def _joined_sounds(parts: Sequence[SoundScores]) -> SoundScores:
-    return SoundScores(
-        np.concatenate([part.logits for part in parts]),
-        np.concatenate([part.targets for part in parts]),
-        np.concatenate([part.clips for part in parts]),
-    )
-
-
-def _sound_run(config: TrainConfig) -> Path:
-    return config.cache / f"sound-{_identity(config, {'decoder'})}"
-
-
 def _decoder_run(config: TrainConfig) -> Path:
-    return config.cache / f"decoder-{_identity(config, {'sound', 'test', 'folds', 'video_dropout', 'audio_dropout'})}"
-
-
-def _identity(config: TrainConfig, without: set[str]) -> str:
-    """Names a state: everything of the configuration that it depends on."""
-    chosen = config.model_dump_json(exclude={"out", "cache", "data", "action", *without})
-    return hashlib.sha256(chosen.encode()).hexdigest()[:12]
-
-
-def _limited(items: Sequence[T], limit: int | None, key: Callable[[T], object]) -> tuple[T, ...]:
-    """At most ``limit`` items of each key, spread over all of them."""
-    groups: dict[object, list[T]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    if limit is None:
-        return tuple(items)
-    return tuple(item for group in groups.values() for item in group[:: max(1, len(group) // limit)][:limit])
+    """Where the decoder's state is: named by everything that it depends on."""
+    chosen = config.model_dump_json(include={"seed", "threads", "decoder", "limit"})
+    return config.cache / f"decoder-{hashlib.sha256(chosen.encode()).hexdigest()[:12]}"
 
 
 def _counter(report: Report, stage: str, total: int) -> Callable[[], None]:

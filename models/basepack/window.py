@@ -1,9 +1,13 @@
-"""The window head: what eight samples and two seconds of sound say together.
+"""The window head: what sixteen samples and two seconds of sound say together.
 
-Actions are judged by ``sigmoid(W [F_video; F_audio] + b)``. ``F_video`` is the mean and the spread over time of the
-frozen features (moving pictures differ from standing ones by the latter), ``F_audio`` the embedding of a small CNN.
-One linear layer is all that a few hundred clips can teach without being learned by heart. What is absent adds
-nothing, so any subset works, and the contribution of each modality is a plain difference.
+Actions are judged by experts that were each trained alone and are added (products of experts, Hinton 2002): one sees
+what changes, one at which height it changes, one how things look, and one hears. Each is logistic regression, which is
+all that a few hundred clips can teach without being learned by heart: on the mean and the spread over time of the
+frozen features (moving pictures differ from standing ones by the latter), or on the embedding of the sound. What is
+absent adds nothing, so any subset works, and the contribution of each modality is a plain difference. For serving,
+those that see are one product.
+
+Sounds are judged by ear alone: no recording here shows what makes them, so a picture could only mislead.
 """
 
 from __future__ import annotations
@@ -11,9 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.audio import EMBEDDING, AudioEncoder, LogMel
-from models.backbones.frame import FEATURES
-from models.basepack.labels import ACTIONS, SOUNDS
+from models.audio import EMBEDDING, LogMel
+from models.backbones.frame import EfficientNetLite0
+from models.basepack.labels import ACTIONS
+from models.basepack.sound import Ear, SoundNet
+from models.basepack.watch import FEATURES
 
 POOLED = 2 * FEATURES
 """Length of a window's video features: mean, then spread."""
@@ -30,9 +36,11 @@ OUTPUTS = (
 
 
 def pool(features: Tensor, mask: Tensor) -> Tensor:
-    """Mean and standard deviation over a window's samples, those that are missing left out.
+    """Square roots of mean and deviation over a window's samples, those that are missing left out.
 
-    float32 ``[B, T, 2560]`` and ``[B, T]`` (1 present, 0 missing) to ``[B, POOLED]``; zeros when all are missing.
+    Roots, because a few features that shout would drown the others (Perronnin et al., ECCV 2010).
+    float32 ``[B, T, FEATURES]``, not negative, and ``[B, T]`` (1 present, 0 missing) to ``[B, POOLED]``; zeros when all
+    are missing.
     """
     present = (mask > 0)[:, :, None]
     weight = present.to(features.dtype)
@@ -41,7 +49,7 @@ def pool(features: Tensor, mask: Tensor) -> Tensor:
     known = torch.where(present, features, torch.zeros_like(features))
     mean = known.sum(dim=1) / count
     spread = ((known - mean[:, None]).square() * weight).sum(dim=1) / count
-    return torch.cat([mean, spread.sqrt()], dim=1)
+    return torch.cat([mean.sqrt(), spread.sqrt().sqrt()], dim=1)
 
 
 class WindowHead(nn.Module):
@@ -49,30 +57,23 @@ class WindowHead(nn.Module):
 
     centre: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, trunk: EfficientNetLite0) -> None:
         super().__init__()
         self.logmel = LogMel()
-        self.audio = AudioEncoder()
-        self.sound = nn.Linear(EMBEDDING, len(SOUNDS))
+        self.ear = Ear(trunk)
+        self.sound = SoundNet()
         self.register_buffer("centre", torch.zeros(POOLED))
         self.see = nn.Linear(POOLED, len(ACTIONS))
         self.hear = nn.Linear(EMBEDDING, len(ACTIONS))
         self.prior = nn.Parameter(torch.zeros(len(ACTIONS)))
 
-    def judge(
-        self, features: Tensor, frame_mask: Tensor, spectrogram: Tensor, audio_mask: Tensor
-    ) -> tuple[Tensor, ...]:
-        """As ``forward``, from the log-mel spectrogram ``[B, MELS, frames]``."""
-        seen = (frame_mask.amax(dim=1) > 0)[:, None]
-        heard = (audio_mask > 0)[:, None]
-        sight = self.see(pool(features, frame_mask) - self.centre)
-        embedding = self.audio(spectrogram)
-        by_sight = torch.where(seen, sight, torch.zeros_like(sight))
-        noise = self.hear(embedding)
-        by_ear = torch.where(heard, noise, torch.zeros_like(noise))
-        # Sounds are judged by ear alone: no recording here shows what makes them, so a picture could only mislead.
-        silent = self.sound(torch.zeros_like(embedding))
-        sound = torch.where(heard, self.sound(embedding), silent)
+    def judge(self, features: Tensor, frame_mask: Tensor, heard: Tensor, audio_mask: Tensor) -> tuple[Tensor, ...]:
+        """As ``forward``, from the features ``[B, SOUND_FEATURES]`` that ``ear`` gives."""
+        there = (audio_mask > 0)[:, None]
+        embedding = self.sound.encoder(heard)
+        by_sight, by_ear = self.experts(pool(features, frame_mask), frame_mask.amax(dim=1), embedding, audio_mask)
+        silent = self.sound.classify(torch.zeros_like(embedding))
+        sound = torch.where(there, self.sound.classify(embedding), silent)
         return (
             self.prior + by_sight + by_ear,
             sound,
@@ -82,10 +83,20 @@ class WindowHead(nn.Module):
             silent,
         )
 
+    def experts(self, pooled: Tensor, seen: Tensor, embedding: Tensor, heard: Tensor) -> tuple[Tensor, Tensor]:
+        """What sight and ear add to the prior, each float32 ``[B, 20]``, zeros where absent.
+
+        ``pooled`` ``[B, POOLED]``, ``embedding`` ``[B, EMBEDDING]``; ``seen`` and ``heard`` ``[B]``, 0 for absent.
+        """
+        sight, noise = self.see(pooled - self.centre), self.hear(embedding)
+        by_sight = torch.where(seen[:, None] > 0, sight, torch.zeros_like(sight))
+        by_ear = torch.where(heard[:, None] > 0, noise, torch.zeros_like(noise))
+        return by_sight, by_ear
+
     def forward(self, features: Tensor, frame_mask: Tensor, audio: Tensor, audio_mask: Tensor) -> tuple[Tensor, ...]:
         """Logits in the order of ``OUTPUTS``.
 
-        ``features`` float32 ``[B, T, 2560]``, ``frame_mask`` ``[B, T]``, ``audio`` ``[B, N]`` at 16 kHz,
+        ``features`` float32 ``[B, T, FEATURES]``, ``frame_mask`` ``[B, T]``, ``audio`` ``[B, N]`` at 16 kHz,
         ``audio_mask`` ``[B]``.
         """
-        return self.judge(features, frame_mask, self.logmel(audio), audio_mask)
+        return self.judge(features, frame_mask, self.ear(self.logmel(audio)), audio_mask)

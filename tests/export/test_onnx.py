@@ -16,7 +16,7 @@ from engines.measure import random_batch
 from engines.types import Array, Engine
 from export.build import ExportError, GraphToExport, export_graph, reference
 from export.onnx import base_graphs, export_base
-from models.basepack import network
+from models.basepack import shape
 from models.basepack.labels import ACTIONS, SCENE, SOUNDS
 from models.basepack.network import BaseModel, load_weights
 from models.basepack.window import OUTPUTS
@@ -47,9 +47,9 @@ def test_manifest(base_pack: Path) -> None:
     watch, scene = manifest.branches
     assert (watch.mode, watch.encoder, watch.graph) == (Mode.STAGED, "encoder", "window")
     assert watch.video is not None
-    assert watch.video.samples_in(watch.window_ns) == network.WATCH_SAMPLES
+    assert watch.video.samples_in(watch.window_ns) == shape.WATCH_SAMPLES
     assert watch.audio is not None
-    assert watch.audio.samples_in(watch.window_ns) == network.AUDIO_SAMPLES
+    assert watch.audio.samples_in(watch.window_ns) == shape.AUDIO_SAMPLES
     heads = {head.kind: head for branch in manifest.branches for head in branch.heads}
     assert heads[HeadKind.ACTION].labels == ACTIONS
     assert heads[HeadKind.CLASS].labels == SOUNDS
@@ -92,7 +92,7 @@ def test_graphs_equal_pytorch(
 
 def test_stages_equal_the_whole_model_on_raw_windows(model: BaseModel, engines: dict[str, Engine], film: Path) -> None:
     frames, audio = real_windows(film)
-    mask = np.ones((len(frames), network.WATCH_SAMPLES), np.float32)
+    mask = np.ones((len(frames), shape.WATCH_SAMPLES), np.float32)
     mask[-1, :3] = 0
     heard = np.array([1.0] * (len(frames) - 1) + [0.0], np.float32)
     with torch.inference_mode():
@@ -105,14 +105,14 @@ def test_stages_equal_the_whole_model_on_raw_windows(model: BaseModel, engines: 
 
 def real_windows(path: Path) -> tuple[Array, Array]:
     """Windows of a real clip: uint8 ``[B, 8, 2, 160, 160, 3]``, float32 ``[B, 32000]``."""
-    clip = read_clip(path, network.WATCH_SIZE, network.WATCH_SIZE)
-    _, pairs = sample_pairs(clip, fps=network.WATCH_FPS, lookback_ns=network.LOOKBACK_NS)
-    starts = range(0, len(pairs) - network.WATCH_SAMPLES + 1, 4)
-    frames = np.stack([clip.images[pairs[start : start + network.WATCH_SAMPLES]] for start in starts])
+    clip = read_clip(path, shape.WATCH_SIZE, shape.WATCH_SIZE)
+    _, pairs = sample_pairs(clip, fps=shape.WATCH_FPS, lookback_ns=shape.LOOKBACK_NS)
+    starts = range(0, len(pairs) - shape.WATCH_SAMPLES + 1, 4)
+    frames = np.stack([clip.images[pairs[start : start + shape.WATCH_SAMPLES]] for start in starts])
     assert clip.audio is not None
-    audio = np.zeros((len(frames), network.AUDIO_SAMPLES), np.float32)
+    audio = np.zeros((len(frames), shape.AUDIO_SAMPLES), np.float32)
     for row, start in zip(audio, starts, strict=True):
-        cut = clip.audio[start * 4_000 : start * 4_000 + network.AUDIO_SAMPLES]
+        cut = clip.audio[start * 4_000 : start * 4_000 + shape.AUDIO_SAMPLES]
         row[: len(cut)] = cut
     return frames, audio
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
 
 from models.basepack import tables
 from models.basepack.config import read_config
+from models.basepack.folds import FIGHT_FOLDS, folds_of, in_second_place
 from models.basepack.labels import ACTIONS
 from models.basepack.tables import Recording, Span, timed_spans
 from models.basepack.targets import Targets, window_targets
-from models.basepack.train import fold_of, is_test, train
+from models.basepack.train import train
 from models.errors import ConfigError, DataError
 
 CONFIG = Path(__file__).parents[3] / "models" / "configs" / "base.yaml"
@@ -83,22 +85,29 @@ def test_the_check_for_false_alarms_was_not_trained_on(data: Path) -> None:
     assert not trained & checked
 
 
-def test_every_recording_has_targets_and_no_group_is_on_both_sides(data: Path) -> None:
-    test = read_config(CONFIG).test
+def test_every_recording_has_targets_and_a_fold_and_no_group_has_two(data: Path) -> None:
     everything = tables.recordings(data)
     for clip in everything:
         assert set(window_targets(clip, 0, 2).tolist()) <= {-1, 0, 1}
-    held_out = {(clip.dataset, clip.group) for clip in everything if is_test(test, clip)}
-    kept = {(clip.dataset, clip.group) for clip in everything if not is_test(test, clip)}
-    assert not held_out & kept
-    listed = {(name.replace("_", "-"), group) for name, groups in test if name != "esc10" for group in groups}
-    assert held_out == listed, "a group of the configuration that is not in the data would test nothing"
-    assert {dataset for dataset, _ in held_out} == {"fights", "gmdcsa24", "ut-interaction", "weizmann"}
+    folds: dict[tuple[str, str], set[int]] = {}
+    for clip, fold in zip(everything, folds_of(everything), strict=True):
+        folds.setdefault((clip.dataset, clip.group), set()).add(fold)
+    assert all(len(found) == 1 for found in folds.values())
+    for dataset in ("gmdcsa24", "ut-interaction", "weizmann"):
+        own = [next(iter(found)) for (name, _), found in folds.items() if name == dataset]
+        assert len(own) == len(set(own)), "one subject, one sequence is left out at a time"
+    fights = [fold for clip, fold in zip(everything, folds_of(everything), strict=True) if clip.dataset == "fights"]
+    sizes = [fights.count(fold) for fold in set(fights)]
+    assert len(sizes) == FIGHT_FOLDS
+    # One source alone has 35 clips; the others are dealt evenly.
+    assert max(sizes) <= 40
 
 
-def test_folds_keep_groups_together() -> None:
-    groups = ["b", "a", "b", "c"]
-    assert [fold_of(groups, group, 2) for group in groups] == [1, 0, 1, 0]
+def test_the_second_place_is_that_of_the_table(data: Path) -> None:
+    with (data / "actions" / "ut-interaction" / "clips.csv").open() as file:
+        told = {row["clip"]: row["set"] == "2" for row in csv.DictReader(file)}
+    clips = [clip for clip in tables.recordings(data) if clip.dataset == "ut-interaction"]
+    assert {clip.path.name: in_second_place(clip) for clip in clips} == told
 
 
 def test_absent_data_is_one_line(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The shipped weights are what their metrics say, on data that they were not trained on."""
+"""The shipped weights are what their metrics say, measured again on groups that each has not seen."""
 
 from __future__ import annotations
 
@@ -8,25 +8,36 @@ from pathlib import Path
 import pytest
 
 from models.basepack import tables
-from models.basepack.batches import LabelledMel
-from models.basepack.cache import PLAIN, encode_recording, encode_sound
-from models.basepack.config import read_config
-from models.basepack.evaluate import by_recording
+from models.basepack.cache import PLAIN, Encoded, encode_recording
 from models.basepack.everyday import everyday_metrics
-from models.basepack.frozen import FrozenEncoder, FrozenPyramid
-from models.basepack.labels import ACTIONS
+from models.basepack.frozen import FrozenEncoder
+from models.basepack.hearing import Hearing
 from models.basepack.network import BaseModel, Calibration
-from models.basepack.predict import score_actions, score_sounds
-from models.basepack.scenes import confusion, encode_scenes, predict_masks, scene_metrics
-from models.basepack.train import is_test
+from models.basepack.protocol import action_figures, scene_figures, sound_figures
+from models.basepack.sound import FrozenEar
 
 ROOT = Path(__file__).parents[3]
 WEIGHTS = ROOT / "models" / "weights" / "base"
+REACHED = {
+    "fall_auc": 0.92,
+    "walk_auc": 0.95,
+    "sit_auc": 0.88,
+    "ut_interaction_accuracy": 0.88,
+    "weizmann_accuracy": 0.98,
+    "esc10_accuracy": 0.90,
+    "camvid_val_miou": 0.60,
+    "segmentation_fps_core": 60,
+}
+"""Figures that may not get worse unnoticed."""
+
+
+def quiet(stage: str, done: int, total: int, loss: float | None) -> None:
+    """Reports nothing."""
 
 
 @pytest.fixture(scope="module")
-def published() -> dict[str, dict[str, object]]:
-    metrics: dict[str, dict[str, object]] = json.loads((WEIGHTS / "metrics.json").read_text())
+def published() -> dict[str, float]:
+    metrics: dict[str, float] = json.loads((WEIGHTS / "metrics.json").read_text())
     return metrics
 
 
@@ -36,50 +47,48 @@ def test_metrics_belong_to_the_weights(published: dict[str, object]) -> None:
     assert published["weights_sha256"] == file_sha256(WEIGHTS / "base.safetensors")
 
 
-def test_every_head_beats_chance(published: dict[str, dict[str, float]]) -> None:
-    action, sound, scene = published["action"], published["class"], published["segmentation"]
-    assert action["mean_average_precision"] > 2 * action["chance_mean_average_precision"]
-    assert action["mean_average_precision"] > action["baseline_mean_average_precision"]
-    assert sound["balanced_accuracy"] > 3 * sound["chance_balanced_accuracy"]
-    assert scene["mean_iou"] > 1.5 * scene["baseline_mean_iou"]
+def test_what_was_reached_is_still_there(published: dict[str, float]) -> None:
+    assert {name for name, least in REACHED.items() if published[name] < least} == set()
+    assert published["core_ms_per_video_second"] <= 120
+    assert published["weights_mb"] <= 25
+
+
+def test_every_figure_has_its_interval_and_baseline(published: dict[str, float]) -> None:
+    names = [name.removesuffix("_low") for name in published if name.endswith("_low")]
+    assert len(names) >= 10
+    for name in names:
+        assert published[f"{name}_low"] <= published[name] <= published[f"{name}_high"], name
+        assert f"{name}_baseline" in published
 
 
 def test_no_violence_on_an_ordinary_street(shipped: BaseModel, street: Path, tmp_path: Path) -> None:
     recording = tables.Recording(street, "everyday", street.stem, ())
     clip = encode_recording(recording, FrozenEncoder(shipped.trunk, tmp_path, threads=1), tmp_path, (PLAIN,))
-    said = everyday_metrics(shipped.window, Calibration.read(WEIGHTS), [clip])[street.name]
-    assert int(said["windows"]) > 10
-    assert not {"fight", "punch", "push", "kick", "fall"} & said["over_threshold"].keys()
+    hearing = Hearing(shipped.window.sound, FrozenEar(shipped.trunk, tmp_path))
+    said = everyday_metrics(shipped.window, Calibration.read(WEIGHTS), [clip], hearing)[street.name]
+    assert int(str(said["windows"])) > 10
+    over = said["over_threshold"]
+    assert isinstance(over, dict)
+    assert not {"fight", "punch", "push", "kick", "fall"} & over.keys()
 
 
-def test_sounds_again(data: Path, shipped: BaseModel, published: dict[str, dict[str, float]]) -> None:
-    fold = read_config(ROOT / "models" / "configs" / "base.yaml").test.esc10
-    files = [file for file in tables.sounds(data) if file.fold in fold]
-    sounds = [LabelledMel(encode_sound(file.path), file.label, file.fold, file.path.name) for file in files]
-    scored = score_sounds(shipped.window, sounds, [])
-    right = 0
-    for number, sound in enumerate(sounds):
-        windows = (scored.clips == number) & (scored.targets != 10)
-        right += int(scored.logits[windows][:, :10].mean(axis=0).argmax()) == sound.label
-    assert right / len(sounds) == pytest.approx(published["class"]["esc10_accuracy"], abs=0.015)
-
-
-def test_interactions_again(
-    data: Path, shipped: BaseModel, published: dict[str, dict[str, dict[str, dict[str, float]]]], tmp_path: Path
-) -> None:
-    test = read_config(ROOT / "models" / "configs" / "base.yaml").test
+def test_actions_again(data: Path, shipped: BaseModel, published: dict[str, float], tmp_path: Path) -> None:
+    """Falls at home and two sets of clips; fights take long to decode and are left to `sightwire evaluate base`."""
     encoder = FrozenEncoder(shipped.trunk, tmp_path, threads=1)
-    held_out = [r for r in tables.recordings(data) if r.dataset == "ut-interaction" and is_test(test, r)]
-    scored = score_actions(shipped.window, [encode_recording(r, encoder, tmp_path, (PLAIN,)) for r in held_out])
-    again = by_recording(scored, scored.logits)["ut-interaction"]
-    want = published["action"]["recordings"]["ut-interaction"]
-    assert again["recordings"] == want["recordings"]
-    assert again["accuracy"] == pytest.approx(want["accuracy"], abs=0.05)
-    assert scored.logits.shape[1] == len(ACTIONS)
+    recordings = [r for r in tables.recordings(data) if r.dataset in ("gmdcsa24", "ut-interaction", "weizmann")]
+    encoded: list[Encoded] = [encode_recording(r, encoder, tmp_path, (PLAIN,)) for r in recordings]
+    again = action_figures(WEIGHTS, shipped, encoded, FrozenEar(shipped.trunk, tmp_path), quiet, baseline=False)
+    wanted = {"fall_auc", "walk_auc", "sit_auc", "stand_auc", "ut_interaction_accuracy", "weizmann_accuracy"}
+    for name in wanted:
+        assert again[name] == pytest.approx(published[name], abs=0.011), name
 
 
-def test_scenes_again(data: Path, shipped: BaseModel, published: dict[str, dict[str, float]], tmp_path: Path) -> None:
-    items = tables.scenes(data, "val")[::5]
-    scenes = encode_scenes(items, FrozenPyramid(shipped.trunk, tmp_path, threads=1), views=1)
-    measured = scene_metrics(confusion(scenes.masks, predict_masks(shipped.decoder, scenes)))
-    assert measured["mean_iou"] == pytest.approx(published["segmentation"]["mean_iou"], abs=0.05)
+def test_sounds_again(data: Path, shipped: BaseModel, published: dict[str, float], tmp_path: Path) -> None:
+    sounds = tables.sounds(data)
+    again = sound_figures(WEIGHTS, None, sounds, FrozenEar(shipped.trunk, tmp_path))
+    assert again["esc10_accuracy"] == pytest.approx(published["esc10_accuracy"], abs=0.007)
+
+
+def test_scenes_again(data: Path, shipped: BaseModel, published: dict[str, float], tmp_path: Path) -> None:
+    again = scene_figures(shipped, tables.scenes(data, "val")[::4], tmp_path)
+    assert again["camvid_val_miou"] == pytest.approx(published["camvid_val_miou"], abs=0.05)

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
+from models.audio import EMBEDDING
+from models.backbones.frame import EfficientNetLite0
 from models.basepack import baselines
-from models.basepack.batches import (
-    MEL_FRAMES,
-    LabelledMel,
-    Mixer,
-    cut_mel,
-    service_windows,
-    training_windows,
-    window_features,
-)
+from models.basepack.action import Pooled, fit_action, pooled, rescale, score
+from models.basepack.batches import MEL_FRAMES, Window, cut_mel, training_windows, window_features
 from models.basepack.cache import Encoded
 from models.basepack.calibrate import HIGHEST_ON, threshold
-from models.basepack.config import Schedule, TrainConfig, read_config
+from models.basepack.config import ActionFit, Schedule
 from models.basepack.everyday import events_started
-from models.basepack.labels import ACTIONS, SCENE, SOUNDS, VOID
-from models.basepack.predict import score_actions, score_sounds
+from models.basepack.fit import Stage, fit
+from models.basepack.folds import load_heads, save_heads
+from models.basepack.labels import ACTIONS, SCENE, VOID
+from models.basepack.network import BaseModel
 from models.basepack.scenes import class_weights, confusion, prior_masks, scene_metrics
-from models.basepack.train import fit_window
+from models.basepack.window import WindowHead
 from models.errors import WeightsError
 from models.losses import IGNORE, known_bce, known_cross_entropy
 from models.metrics import auroc, average_precision, balanced_accuracy
@@ -34,11 +33,61 @@ from models.metrics import auroc, average_precision, balanced_accuracy
 CONFIG = Path(__file__).parents[3] / "models" / "configs" / "base.yaml"
 
 
-@pytest.fixture
-def tiny() -> TrainConfig:
-    """A configuration of a few small steps."""
-    schedule = Schedule(steps=30, batch=12, learning_rate=2e-3, weight_decay=0.01)
-    return read_config(CONFIG).model_copy(update={"sound": schedule, "threads": 1})
+class Silent:
+    """Hears nothing."""
+
+    def embeddings(self, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+        """As ``Hearing``."""
+        return torch.zeros(len(windows), EMBEDDING), torch.zeros(len(windows))
+
+
+def windows_of(encoded: list[Encoded]) -> Pooled:
+    return pooled([w for item in encoded for w in training_windows(item)], Silent())
+
+
+@pytest.fixture(scope="module")
+def trunk() -> EfficientNetLite0:
+    return EfficientNetLite0()
+
+
+def fitted(data: Pooled, trunk: EfficientNetLite0) -> WindowHead:
+    head = WindowHead(trunk)
+    fit_action(head, data, ActionFit(penalty=1e-2, frame_weight=0.3, band_weight=0.5, audio_weight=0.1, iterations=20))
+    return head
+
+
+def test_the_action_head_learns(encoded: list[Encoded], trunk: EfficientNetLite0) -> None:
+    seen, unseen = windows_of(encoded[:2]), windows_of(encoded[2:])
+    fight = score(fitted(seen, trunk), unseen)[:, ACTIONS.index("fight")]
+    truth = np.array([w.encoded.recording.spans[0].label == "fight" for w in unseen.windows])
+    assert fight[truth].min() > fight[~truth].max()
+
+
+def test_what_is_not_seen_leaves_the_base_rate(encoded: list[Encoded], trunk: EfficientNetLite0) -> None:
+    data = windows_of(encoded)
+    head = fitted(data, trunk)
+    blind = replace(data, seen=torch.zeros_like(data.seen))
+    assert np.allclose(score(head, blind), head.prior.numpy())
+
+
+def test_heads_of_folds_survive_storage(encoded: list[Encoded], tmp_path: Path) -> None:
+    model = BaseModel()
+    data = windows_of(encoded)
+    head = fitted(data, model.trunk)
+    save_heads({"0": head}, tmp_path)
+    again = load_heads(tmp_path, model.window)["0"]
+    assert np.allclose(score(again, data), score(head, data), atol=0.05)
+    with pytest.raises(WeightsError, match="cannot be read") as caught:
+        load_heads(tmp_path / "nowhere", model.window)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_slope_and_an_offset_go_into_the_weights(encoded: list[Encoded], trunk: EfficientNetLite0) -> None:
+    data = windows_of(encoded)
+    head = fitted(data, trunk)
+    want = score(head, data) * 2.0 - 1.0
+    rescale(head, torch.full((len(ACTIONS),), 2.0), torch.full((len(ACTIONS),), -1.0))
+    assert np.allclose(score(head, data), want, atol=1e-4)
 
 
 class Losses:
@@ -51,75 +100,49 @@ class Losses:
         self.of[done] = loss
 
 
-def test_loss_falls_and_the_heads_learn(
-    tiny: TrainConfig, encoded: list[Encoded], sounds: list[LabelledMel], tmp_path: Path
-) -> None:
-    losses = Losses()
-    head = fit_window(tiny, encoded, sounds, tmp_path / "window", losses)
-    first, last = losses.of[1], losses.of[30]
+def small_fit(folder: Path, report: Losses, stop_at: int | None = None) -> nn.Linear:
+    """A few steps of the optimisation that trains the segmentation decoder."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 1)
+    schedule = Schedule(steps=30, batch=12, learning_rate=2e-2, weight_decay=0.01)
+
+    def loss_of(random: np.random.Generator) -> Tensor:
+        inputs = torch.from_numpy(random.standard_normal((12, 4)).astype(np.float32))
+        value: Tensor = (layer(inputs)[:, 0] - inputs.sum(dim=1)).square().mean()
+        return value
+
+    fit(layer, loss_of, Stage("small", schedule, 0, folder / "small.safetensors"), report, stop_at=stop_at)
+    return layer
+
+
+def test_an_interrupted_run_ends_the_same(tmp_path: Path) -> None:
+    straight, stopped, resumed = Losses(), Losses(), Losses()
+    whole = small_fit(tmp_path / "whole", straight)
+    small_fit(tmp_path / "parts", stopped, stop_at=11)
+    assert max(stopped.of) == 11
+    parts = small_fit(tmp_path / "parts", resumed)
+    assert min(resumed.of) == 12
+    assert resumed.of[30] == straight.of[30]
+    assert torch.equal(whole.weight, parts.weight)
+    first, last = straight.of[1], straight.of[30]
     assert first is not None
     assert last is not None
     assert last < 0.7 * first
-    fight = score_actions(head, encoded).logits[:, ACTIONS.index("fight")]
-    truth = np.array([w.encoded.recording.spans[0].label == "fight" for item in encoded for w in service_windows(item)])
-    assert fight[truth].min() > fight[~truth].max()
-    assert score_sounds(head, sounds, encoded).logits.shape[1] == len(SOUNDS)
 
 
-def test_an_interrupted_run_ends_the_same(
-    tiny: TrainConfig, encoded: list[Encoded], sounds: list[LabelledMel], tmp_path: Path
-) -> None:
-    straight, stopped = Losses(), Losses()
-    whole = fit_window(tiny, encoded, sounds, tmp_path / "whole", straight)
-    fit_window(tiny, encoded, sounds, tmp_path / "parts", stopped, stop_at=11)
-    assert max(stopped.of) == 11
-    resumed = Losses()
-    parts = fit_window(tiny, encoded, sounds, tmp_path / "parts", resumed)
-    assert min(resumed.of) == 12
-    assert resumed.of[30] == straight.of[30]
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, parts.state_dict()[name]), name
-
-
-def test_damaged_state_is_one_line(
-    tiny: TrainConfig, encoded: list[Encoded], sounds: list[LabelledMel], tmp_path: Path
-) -> None:
-    (tmp_path / "window.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+def test_damaged_state_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "small.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
     with pytest.raises(WeightsError, match="cannot be continued") as caught:
-        fit_window(tiny, encoded, sounds, tmp_path / "window", Losses())
+        small_fit(tmp_path, Losses())
     assert "\n" not in str(caught.value)
 
 
-def test_batches_are_drawn_from_the_seed_alone(encoded: list[Encoded], sounds: list[LabelledMel]) -> None:
-    windows = [window for item in encoded for window in training_windows(item)]
-    mixer = Mixer(windows, sounds, video_dropout=0.2, audio_dropout=0.3)
-    one, two = (mixer.draw(np.random.default_rng(5), 64) for _ in range(2))
-    assert torch.equal(one.features, two.features)
-    assert torch.equal(one.power, two.power)
-    blind = one.frame_mask.sum(dim=1) == 0
-    assert blind.any()
-    assert not (one.actions[blind] == 1)[:, :-1].any(), "nothing may be learned to be seen where nothing is"
-    assert (one.sounds[one.audio_mask == 0] == IGNORE).all()
-    assert (one.sounds >= 0).any()
-
-
-def test_having_a_track_says_nothing_about_the_action(encoded: list[Encoded], sounds: list[LabelledMel]) -> None:
-    """Only one of the two recordings has sound; training must not show which."""
-    windows = [window for item in encoded for window in training_windows(item)]
-    batch = Mixer(windows, sounds, video_dropout=0.0, audio_dropout=0.3).draw(np.random.default_rng(0), 2000)
-    fight = batch.actions[:, 0] == 1
-    shares = [float((batch.audio_mask[chosen] > 0).float().mean()) for chosen in (fight, ~fight)]
-    assert shares == pytest.approx([0.7, 0.7], abs=0.05)
-
-
 def test_windows_at_the_edges_are_masked(encoded: list[Encoded]) -> None:
-    starts = {window.first for window in training_windows(encoded[0])}
-    assert min(starts) == -2
-    assert max(starts) == 6
-    first = next(window for window in training_windows(encoded[0]) if window.first == -2)
-    features, mask = window_features(first)
-    assert mask.tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
-    assert not features[:2].any()
+    windows = training_windows(encoded[0])
+    assert [window.first for window in windows] == [0, 4, 8, 12]
+    features, mask = window_features(windows[-1])
+    assert mask.tolist() == [1] * 12 + [0] * 4
+    assert not features[12:].any()
     cut, share = cut_mel(np.ones((64, 30), np.float32), -10)
     assert (cut.shape, share, float(cut.sum())) == ((64, MEL_FRAMES), 0.3, 64 * 30.0)
 
@@ -167,21 +190,6 @@ def test_events_follow_the_services_rules() -> None:
     assert events_started(np.array([0.0, 0.9, 0.9, 0.9, 0.9], np.float32), 0.8, 0.6) == 1
     twice = np.array([0.9, 0.9, 0.9, 0.0, 0.0, 0.0, 0.0, 0.9, 0.9, 0.9, 0.9], np.float32)
     assert events_started(twice, 0.8, 0.6) == 2
-
-
-def test_standardisation_goes_into_the_weights(
-    tiny: TrainConfig, encoded: list[Encoded], sounds: list[LabelledMel], tmp_path: Path
-) -> None:
-    """Moving every feature changes the weights and not the scores."""
-    moved = [
-        Encoded(e.recording, tuple(replace(t, features=t.features + 1) for t in e.tracks), e.mel, e.duration_s)
-        for e in encoded
-    ]
-    want = score_actions(fit_window(tiny, encoded, sounds, tmp_path / "a", Losses()), encoded).logits
-    got = score_actions(fit_window(tiny, moved, sounds, tmp_path / "b", Losses()), moved).logits
-    # Labels without an example have no finite optimum to agree on.
-    fight = ACTIONS.index("fight")
-    assert got[:, fight] == pytest.approx(want[:, fight], abs=0.5)
 
 
 def test_logistic_regression_separates_what_is_separable() -> None:

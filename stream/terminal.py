@@ -1,0 +1,29 @@
+"""The two consoles of the command line, and log lines above whatever else is on the screen."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from stream.secrets import SecretFilter
+from stream.sinks.console import ToldConsole
+
+out = ToldConsole(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def set_up_logging(verbose: bool = False) -> None:
+    """Log lines to stderr, above whatever else is on the screen."""
+    handler: logging.Handler = RichHandler(console=err, show_path=False, log_time_format="%H:%M:%S", markup=False)
+    if not sys.stderr.isatty():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.addFilter(SecretFilter())
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
+    for noisy in ("uvicorn", "asyncio", "httpx", "onnx_ir", "onnxscript", "torch"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
