@@ -269,9 +269,9 @@ def print_numbers(console: Console, numbers: Mapping[str, float | None]) -> None
     for title in ("figure", "value", "95 % interval", "baseline"):
         table.add_column(title, justify="left" if title == "figure" else "right")
     for key, value in numbers.items():
-        if key.endswith(("_low", "_high", "_baseline")) or f"{key}_low" not in numbers:
+        if key.endswith(("_low", "_high", "_baseline")) or not isinstance(value, float | None):
             continue
-        low, high = numbers[f"{key}_low"], numbers.get(f"{key}_high")
+        low, high = numbers.get(f"{key}_low"), numbers.get(f"{key}_high")
         interval = "" if low is None or high is None else f"{low:.3f} - {high:.3f}"
         table.add_row(key, _figure(value), interval, _figure(numbers.get(f"{key}_baseline")))
     console.print(table)

@@ -68,6 +68,9 @@ def evaluate_weights(
     if report is None:
         with console_progress() as shown:
             return evaluate_weights(weights, data, cache=cache, limit=limit, report=shown)
+    # Sums in another order give other last digits, and so would another number of threads.
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
     model, checksum = load_weights(weights)
     cache.mkdir(parents=True, exist_ok=True)
     size = sum(path.stat().st_size for path in weights.glob("*.safetensors"))
