@@ -204,13 +204,13 @@ class Supervisor:
 
     def _emit(self, item: MediaItem) -> None:
         """Called on the source's thread."""
+        self._channel.put(item)
+        # Only now: what a channel that was stopped did not take has not begun, or still has to be ended.
         if isinstance(item, EpochStart):
             self._open_epoch = item.epoch
             self._next_epoch = item.epoch + 1
             self._loop.call_soon_threadsafe(self._set, SourceState.LIVE)
-        self._channel.put(item)
-        if isinstance(item, EpochEnd):
-            # Only now: a channel that was stopped did not take it, and somebody has to say it all the same.
+        elif isinstance(item, EpochEnd):
             self._open_epoch = None
 
     def _end_open_epoch(self, reason: str) -> None:
