@@ -127,10 +127,12 @@ def compile_engines(
         parity = one.parity
         error = "" if parity is None else f"{max((o.max_abs_error or 0.0) for o in parity.outputs):.2g}"
         speed = f"{parity.latency[0].p50_ms:.2f}" if parity is not None and parity.latency else ""
-        said = one.not_run or ("chosen" if one.chosen else "")
+        said = "not run" if one.not_run else "chosen" if one.chosen else ""
         size = f"{one.size / 1e6:.1f}" if one.size else ""
         table.add_row(one.graph, one.backend, one.precision, f"{one.seconds:.1f}", size, error, speed, said)
     console.print(table)
+    for reason in dict.fromkeys(one.not_run for one in results if one.not_run):
+        console.print(f"not run: {reason}")
 
 
 def list_engines(console: Console) -> None:
