@@ -255,16 +255,21 @@ class TrainConfig(Strict):
 Config = TypeVar("Config", bound=BaseModel)
 
 
-def read_config(path: Path, kind: type[Config]) -> Config:
-    """Read a configuration of that kind. Raises ``ConfigError`` naming the file and the key."""
+def read_yaml(path: Path) -> object:
+    """What a YAML file holds. Raises ``ConfigError`` naming the file."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no configuration at {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read ({error})") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
+
+
+def read_config(path: Path, kind: type[Config]) -> Config:
+    """Read a configuration of that kind. Raises ``ConfigError`` naming the file and the key."""
+    values = read_yaml(path)
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
+from models.config import read_yaml
 from models.errors import ConfigError
 
 RECIPES = ("base",)
@@ -17,14 +16,7 @@ def recipe_of(path: Path) -> str | None:
 
     Raises ``ConfigError`` when the file cannot be read or names a recipe that there is not.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no configuration at {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
+    values = read_yaml(path)
     recipe = values.get("recipe") if isinstance(values, dict) else None
     if recipe is not None and recipe not in RECIPES:
         raise ConfigError(
