@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+from models.basepack.captions import clean_title
 from models.basepack.tables import timed_spans
 from models.data import layouts
 from models.data.layouts import table_rows
@@ -134,13 +135,6 @@ def _esc10(folder: Path, _: ImportOptions) -> Iterator[Row]:
         caption = clean_title(titles.get(path.stem.partition("_")[2], ""))
         split: Literal["val", "train"] = "val" if part[2] == last else "train"
         yield Row(path=path, labels={"class": (classes[part[1]],)}, caption=caption, split=split, group=part[3])
-
-
-def clean_title(title: str) -> str:
-    """A recording's title as a caption: without file ending, dates and numbers; empty when nothing is left."""
-    words = re.sub(r"\.(?:wav|mp3|ogg|aiff?|flac)\b", " ", title, flags=re.IGNORECASE)
-    words = re.sub(r"[_\W]+|\d+", " ", words)
-    return " ".join(word for word in words.split() if len(word) > 1).lower()
 
 
 def _gmdcsa24(folder: Path, _: ImportOptions) -> Iterator[Row]:

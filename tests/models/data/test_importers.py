@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.data.importers import KINDS, ImportOptions, clean_title, found_labels, import_folder
+from models.basepack.captions import clean_title
+from models.data.importers import KINDS, ImportOptions, found_labels, import_folder
 from models.data.manifest import Manifest, read_manifest
 from models.errors import DataError
 
