@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -34,18 +35,21 @@ class TextTokenizer:
         texts = [text for text in texts if text.strip()]
         if not texts:
             raise DataError("no captions to learn a tokenizer from; fill the column caption or leave out model.text")
-        tokenizer = Tokenizer(models.WordPiece(unk_token=SPECIAL[UNK]))
-        tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = decoders.WordPiece(prefix=MARK)
+        tokenizer = _untrained({})
+        first, later = _alphabet(tokenizer, texts, max(1, (vocabulary - len(SPECIAL)) // 2))
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocabulary,
-            special_tokens=list(SPECIAL),
+            # The library numbers continuing characters in the random order of a hash table, which also breaks ties
+            # between merges. Named beforehand they have fixed numbers, and two runs learn the same tokens.
+            special_tokens=[*SPECIAL, *(MARK + character for character in later)],
             continuing_subword_prefix=MARK,
-            limit_alphabet=max(1, (vocabulary - len(SPECIAL)) // 2),
+            initial_alphabet=first,
+            limit_alphabet=len(first),
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
+        tokenizer = _untrained(tokenizer.get_vocab())
+        tokenizer.add_special_tokens(list(SPECIAL))
         return cls(tokenizer)
 
     @classmethod
@@ -97,6 +101,25 @@ class TextTokenizer:
             known = row[: row.index(END)] if END in row else row
             texts.append(self._tokenizer.decode(known, skip_special_tokens=True))
         return texts
+
+
+def _untrained(vocabulary: dict[str, int]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=SPECIAL[UNK]))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix=MARK)
+    return tokenizer
+
+
+def _alphabet(tokenizer: Tokenizer, texts: Iterable[str], limit: int) -> tuple[list[str], list[str]]:
+    """The ``limit`` most frequent characters, and those of them that continue a word, both sorted."""
+    counts, later = Counter[str](), set[str]()
+    for text in texts:
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)):
+            counts.update(word)
+            later.update(word[1:])
+    kept = sorted(counts, key=lambda character: (-counts[character], character))[:limit]
+    return sorted(kept), sorted(later.intersection(kept))
 
 
 class TextEncoder(nn.Module):

@@ -51,6 +51,15 @@ def test_small_vocabularies_still_spell(tokenizer: TextTokenizer) -> None:
     assert small.decode(small.encode(["people shake"], 32)) == ["people shake"]
 
 
+def test_the_same_texts_give_the_same_tokens(tmp_path: Path) -> None:
+    # Few texts have many ties between merges, and a small vocabulary has to choose among them.
+    found = set()
+    for number in range(5):
+        TextTokenizer.train(CAPTIONS, 64).save(tmp_path / f"{number}.json")
+        found.add((tmp_path / f"{number}.json").read_text())
+    assert len(found) == 1
+
+
 def test_storage(tokenizer: TextTokenizer, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     tokenizer.save(path)
