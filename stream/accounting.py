@@ -36,6 +36,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.hops: dict[tuple[str, str], Hop] = {}
+        self._forgotten: Counter[tuple[str, str]] = Counter()
 
     def hop(self, source_id: str, stage: str) -> Hop:
         """The hop of that source and stage, made at first use."""
@@ -45,9 +46,15 @@ class Ledger:
         """Hops that still hold items, by source and stage; empty after a drain."""
         return {key: hop.held for key, hop in self.hops.items() if hop.held}
 
+    def forget(self, source_id: str) -> None:
+        """Let go of a source's hops; what they dropped still counts in ``dropped``."""
+        for key in [key for key in self.hops if key[0] == source_id]:
+            for reason, count in self.hops.pop(key).dropped.items():
+                self._forgotten[key[1], reason] += count
+
     def dropped(self) -> Counter[tuple[str, str]]:
         """All drops by stage and reason, summed over sources."""
-        total: Counter[tuple[str, str]] = Counter()
+        total = self._forgotten.copy()
         for (_, stage), hop in list(self.hops.items()):
             for reason, count in hop.dropped.items():
                 total[stage, reason] += count

@@ -124,6 +124,11 @@ class Batcher:
             windows.append(slot.pop())
         return windows
 
+    def forget(self, source_id: str) -> None:
+        """Let go of the slots of a source that has no window left."""
+        for key in [key for key, slot in self._slots.items() if key[0] == source_id and not slot.windows]:
+            del self._slots[key]
+
     def done(self, batch: Batch) -> None:
         """A batch has been computed (or has failed): its sources may be taken again."""
         self._in_flight.difference_update((source, batch.lane) for source in batch.sources)

@@ -74,6 +74,11 @@ class EnginePool:
             self._work.notify()
         return dropped
 
+    def forget(self, source_id: str) -> None:
+        """A source is gone."""
+        with self._work:
+            self._batcher.forget(source_id)
+
     def taken_in(self) -> None:
         """A result has been dealt with."""
         self._credits.release()

@@ -276,7 +276,8 @@ def _backends(packs: Sequence[ServedPack]) -> tuple[str, ...]:
 def _summary(service: Service, tally: Tally, failed: list[SourceError]) -> Summary:
     windows = service.metrics.views.windows
     return Summary(
-        frames=sum(source.supervisor.frames()["decoded"] for source in service.sources.values()),
+        frames=service.frames_of_removed
+        + sum(source.supervisor.frames()["decoded"] for source in service.sources.values()),
         windows=sum(count for (_, result), count in windows.items() if result == "ok"),
         events=tally.events,
         dropped=Counter({key: n for key, n in service.ledger.dropped().items() if key[1] != "unsampled"}),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from stream.accounting import Ledger
@@ -21,6 +20,7 @@ from stream.metrics import Metrics, SourceView
 from stream.packs import ServedPack, audio_rate, runners, video_inputs, watches
 from stream.settings import Settings, SourceSettings
 from stream.source_pipeline import Outcome, SourcePipeline
+from stream.sources import RunningSource, Sources
 from stream.supervisor import SourceState, SourceStatus, Supervisor
 from stream.types import ClipWindow, EpochEnd, EpochStart, Event, Prediction
 
@@ -42,16 +42,6 @@ class EventPort(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class RunningSource:
-    """A source and everything that runs for it."""
-
-    pipeline: SourcePipeline
-    supervisor: Supervisor
-    incident: str | None = None
-    """Names the stretch in which it is live, for its events; ``None`` while it is not."""
-
-
 class Service:
     """Runs sources until they end or ``stop`` is called.
 
@@ -71,17 +61,18 @@ class Service:
         self._open_source = opener
         self.ledger = Ledger()
         self.metrics = Metrics(self.ledger)
-        self.sources: dict[str, RunningSource] = {}
+        self.sources = Sources(self._make_source, self._source_ended, self._forget_source)
         self.ready = asyncio.Event()
         """Set once the engines are warm and the sources started."""
         self.events_made = 0
+        self.frames_of_removed = 0
+        """Frames decoded of sources that are gone."""
         self._packs = tuple(packs)
         self._port = port
         self._clock = clock
         self._store = FeatureStore()
         self._tracker = EventTracker(settings.events, [(pack.manifest, pack.info) for pack in packs])
         self._results: asyncio.Queue[BatchResult | None] = asyncio.Queue()
-        self._stopping = asyncio.Event()
         self._retries_told: dict[str, tuple[str, int]] = {}
         batcher = Batcher(settings.engine.max_batch, SLOT_DEPTH, self.ledger)
         self._runners = [runners(self._packs, n, self._store) for n in range(settings.engine.threads)]
@@ -90,9 +81,7 @@ class Service:
 
     def stop(self) -> None:
         """End the sources; ``run`` returns when everything in flight has been handed over."""
-        self._stopping.set()
-        for source in self.sources.values():
-            source.supervisor.stop()
+        self.sources.stop()
 
     async def run(self) -> list[SourceError]:
         """Run until every source has ended; returns the errors of those that failed for good."""
@@ -102,10 +91,7 @@ class Service:
             async with asyncio.TaskGroup() as tasks:
                 watchers = [tasks.create_task(self._pool.crashed()), tasks.create_task(self._watch_loop_lag())]
                 results = tasks.create_task(self._handle_results())
-                async with asyncio.TaskGroup() as sources:
-                    for settings in self.settings.sources:
-                        self._start_source(settings, sources)
-                    self.ready.set()
+                await self.sources.run(self.settings.sources, self.ready.set, stay=self.settings.stay)
                 await self._pool.aclose()
                 self._results.put_nowait(None)
                 await results
@@ -113,14 +99,14 @@ class Service:
                     watcher.cancel()
         finally:
             await self._pool.aclose()
-        return [source.supervisor.status.error for source in self.sources.values() if source.supervisor.status.error]
+        return self.sources.errors
 
     def _warm_up(self) -> None:
         for thread in self._runners:
             for runner in thread.values():
                 runner.warmup(self.settings.engine.max_batch)
 
-    def _start_source(self, settings: SourceSettings, tasks: asyncio.TaskGroup) -> None:
+    def _make_source(self, settings: SourceSettings) -> RunningSource:
         watched = watches(self._packs, settings)
         inputs, rate = video_inputs(watched), audio_rate(settings, watched)
         pipeline = SourcePipeline(
@@ -141,15 +127,18 @@ class Service:
         supervisor = Supervisor(
             settings.id, connect, pipeline.channel, self.settings.retry, self._clock, self._source_changed
         )
-        self.sources[settings.id] = RunningSource(pipeline, supervisor)
-        if self._stopping.is_set():
-            supervisor.stop()
-        tasks.create_task(supervisor.run(), name=f"supervise {settings.id}")
-        tasks.create_task(self._run_pipeline(pipeline), name=f"windows {settings.id}")
+        return RunningSource(pipeline, supervisor)
 
-    async def _run_pipeline(self, pipeline: SourcePipeline) -> None:
-        await pipeline.run()
-        self._store.forget(pipeline.settings.id)
+    def _source_ended(self, source: RunningSource) -> None:
+        self._store.forget(source.settings.id)
+
+    def _forget_source(self, source: RunningSource) -> None:
+        """Nothing may be left of a source that was removed: cameras come and go for months."""
+        source_id = source.settings.id
+        self.frames_of_removed += source.supervisor.frames()["decoded"]
+        self._retries_told.pop(source_id, None)
+        self._pool.forget(source_id)
+        self.ledger.forget(source_id)
 
     def _source_changed(self, source_id: str, status: SourceStatus, previous: SourceState) -> None:
         if status.state is SourceState.BACKING_OFF:

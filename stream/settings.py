@@ -230,6 +230,8 @@ class Settings(BaseSettings):
     windows: WindowSettings = WindowSettings()
     spool: SpoolSettings = SpoolSettings()
     retry: RetrySettings = RetrySettings()
+    stay: bool = False
+    """Go on when every source has ended: others may be added while the service runs."""
     shutdown_grace_s: Seconds = 10.0
 
     @model_validator(mode="after")

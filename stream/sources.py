@@ -1,0 +1,177 @@
+"""The sources of a running service: added, changed, restarted and removed while the others go on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from stream.errors import SightwireError, SourceError
+from stream.settings import SourceSettings
+from stream.source_pipeline import SourcePipeline
+from stream.supervisor import Supervisor
+
+
+class SourceChangeError(SightwireError):
+    """A source cannot be added, changed or removed."""
+
+
+class UnknownSource(SourceChangeError):
+    """There is no source of that name."""
+
+
+class SourceExists(SourceChangeError):
+    """There is a source of that name already."""
+
+
+class SourceBusy(SourceChangeError):
+    """Another change of the same source is under way, or the service is ending."""
+
+
+@dataclass(slots=True, eq=False)
+class RunningSource:
+    """A source and everything that runs for it."""
+
+    pipeline: SourcePipeline
+    supervisor: Supervisor
+    incident: str | None = None
+    """Names the stretch in which it is live, for its events; ``None`` while it is not."""
+
+    @property
+    def settings(self) -> SourceSettings:
+        """What it was started with."""
+        return self.pipeline.settings
+
+
+class Sources(Mapping[str, RunningSource]):
+    """Runs sources side by side. One that is added, changed or removed leaves the others alone.
+
+    ``make`` puts a source together, raising ``SettingsError`` for settings that do not fit. ``ended`` is told of a
+    source that runs no more, after its last event has been handed over; ``forget`` of one that was removed.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[SourceSettings], RunningSource],
+        ended: Callable[[RunningSource], None],
+        forget: Callable[[RunningSource], None],
+    ) -> None:
+        self._make = make
+        self._ended = ended
+        self._forget = forget
+        self._running: dict[str, RunningSource] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._changing: set[str] = set()
+        self._group: asyncio.TaskGroup | None = None
+        self._stopping = asyncio.Event()
+
+    def __getitem__(self, source_id: str) -> RunningSource:
+        return self._running[source_id]
+
+    def __iter__(self) -> Iterator[str]:
+        # A copy: metrics look on while sources come and go.
+        return iter(list(self._running))
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    @property
+    def errors(self) -> list[SourceError]:
+        """Of the sources that failed for good."""
+        return [error for source in self.values() if (error := source.supervisor.status.error) is not None]
+
+    async def run(self, first: Iterable[SourceSettings], started: Callable[[], None], *, stay: bool) -> None:
+        """Run until every source has ended; with ``stay`` until ``stop``, however few there are."""
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                for settings in first:
+                    self._start(settings)
+                started()
+                if stay:
+                    self._group.create_task(self._stay(), name="sources")
+        finally:
+            self._group = None
+
+    async def _stay(self) -> None:
+        await self._stopping.wait()
+
+    def stop(self) -> None:
+        """End all sources, and take no more."""
+        self._stopping.set()
+        for source in self.values():
+            source.supervisor.stop()
+
+    def add(self, settings: SourceSettings) -> RunningSource:
+        """Start a source. Raises ``SourceExists``, ``SourceBusy`` or ``SettingsError``."""
+        with self._change(settings.id):
+            if settings.id in self._running:
+                raise SourceExists(f"source {settings.id} is there already; change it, or choose another id")
+            return self._start(settings)
+
+    async def remove(self, source_id: str) -> None:
+        """End a source and forget it; returns after its last event. Raises ``UnknownSource`` or ``SourceBusy``."""
+        with self._change(source_id):
+            await self._end(source_id)
+
+    async def replace(self, settings: SourceSettings) -> RunningSource:
+        """End a source and start it anew, by these settings.
+
+        Raises ``UnknownSource`` or ``SourceBusy``, or ``SettingsError`` with the source left as it was.
+        """
+        with self._change(settings.id):
+            self.known(settings.id)
+            # Puts together what will run, so that settings that do not fit are refused while the old one still runs.
+            self._make(settings)
+            await self._end(settings.id)
+            return self._start(settings)
+
+    async def restart(self, source_id: str) -> RunningSource:
+        """End a source and start it anew, at once. Raises ``UnknownSource`` or ``SourceBusy``."""
+        return await self.replace(self.known(source_id).settings)
+
+    def known(self, source_id: str) -> RunningSource:
+        """The source of that name. Raises ``UnknownSource``."""
+        source = self._running.get(source_id)
+        if source is None:
+            names = ", ".join(sorted(self._running)) or "none"
+            raise UnknownSource(f"no source {source_id!r} (there are: {names})")
+        return source
+
+    @contextmanager
+    def _change(self, source_id: str) -> Iterator[None]:
+        """One change of a source at a time."""
+        if self._group is None or self._stopping.is_set():
+            raise SourceBusy("the service is ending or not yet started; try again when it is ready")
+        if source_id in self._changing:
+            raise SourceBusy(f"source {source_id} is being changed; try again in a few seconds")
+        self._changing.add(source_id)
+        try:
+            yield
+        finally:
+            self._changing.discard(source_id)
+
+    def _start(self, settings: SourceSettings) -> RunningSource:
+        if self._group is None:
+            raise SourceBusy("the service does not run")
+        source = self._make(settings)
+        self._running[settings.id] = source
+        if self._stopping.is_set():
+            source.supervisor.stop()
+        self._tasks[settings.id] = self._group.create_task(self._live(source), name=f"source {settings.id}")
+        return source
+
+    async def _live(self, source: RunningSource) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(source.supervisor.run(), name=f"supervise {source.settings.id}")
+            tasks.create_task(source.pipeline.run(), name=f"windows {source.settings.id}")
+        self._ended(source)
+
+    async def _end(self, source_id: str) -> None:
+        source = self.known(source_id)
+        source.supervisor.stop()
+        # Not awaited itself: whoever asked may be cancelled, the source's end may not.
+        await asyncio.wait({self._tasks[source_id]})
+        if self._running.get(source_id) is source:
+            del self._running[source_id], self._tasks[source_id]
+            self._forget(source)
