@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from stream.settings import HttpSettings
 
 
-def create_app(settings: HttpSettings, registry: CollectorRegistry, is_ready: Callable[[], bool]) -> FastAPI:
-    """The application. ``/healthz`` is open to anybody; everything else needs the token when there is one."""
+def create_app(
+    settings: HttpSettings,
+    registry: CollectorRegistry,
+    is_ready: Callable[[], bool],
+    routers: Sequence[APIRouter] = (),
+) -> FastAPI:
+    """The application. ``/healthz`` is open to anybody; everything else needs the token when there is one.
+
+    ``routers`` bring the resources of the API, one from each module beside this one.
+    """
     app = FastAPI(title="Sightwire", docs_url=None, redoc_url=None, openapi_url=None)
     token = settings.token.get_secret_value() if settings.token is not None else None
 
@@ -41,4 +49,6 @@ def create_app(settings: HttpSettings, registry: CollectorRegistry, is_ready: Ca
         """Prometheus text format."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
+    for router in routers:
+        app.include_router(router, dependencies=[Depends(authorised)])
     return app
