@@ -61,6 +61,8 @@ class SourceSettings(_Section):
     """How long a read may wait before the stop flag is looked at again."""
     stall_timeout_s: Seconds = 5.0
     """A live source that delivers nothing for this long is lost."""
+    trusted: bool = True
+    """Whether the operator named it, who may name any host and file. What comes through the API never is."""
 
     @field_validator("url")
     @classmethod

@@ -54,6 +54,8 @@ class SourceStatus:
     """Attempts that did not get as far as media, by reason."""
     error: SourceError | None = None
     """Why it failed for good."""
+    retry_ns: int | None = None
+    """When it will be tried again (monotonic), while it backs off."""
 
 
 def backoff_s(retry: RetrySettings, failures: int, jitter: float) -> float:
@@ -134,6 +136,7 @@ class Supervisor:
                     self._set(SourceState.FAILED, str(error))
                     return
                 wait_s = backoff_s(self._retry, failures, self._rng.random())
+                self.status.retry_ns = self._clock.monotonic_ns() + int(wait_s * NS_PER_S)
                 self._set(SourceState.BACKING_OFF, str(error))
                 await self._sleep(wait_s)
             self._set(SourceState.ENDED)
@@ -229,6 +232,8 @@ class Supervisor:
         if state is previous and state is not SourceState.CONNECTING:
             return
         status.state = state
+        if state is not SourceState.BACKING_OFF:
+            status.retry_ns = None
         status.since_ns = self._clock.monotonic_ns()
         self._on_change(self.source_id, status, previous)
 
