@@ -14,6 +14,7 @@ from pydantic_settings import SettingsError as PydanticSettingsError
 
 from engines.manifest import Precision
 from stream.errors import SettingsError
+from stream.schedule import Hours
 
 SCHEMES = ("rtsp", "rtsps", "file", "synthetic")
 """Kinds of source this version opens."""
@@ -42,6 +43,11 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+Region = Annotated[tuple[tuple[Share, Share], ...], Field(min_length=3, max_length=256)]
+"""A polygon: corners ``[x, y]`` in shares of width and height, from the top left."""
+
+
 class SourceSettings(_Section):
     """One camera, stream or file."""
 
@@ -61,6 +67,14 @@ class SourceSettings(_Section):
     """How long a read may wait before the stop flag is looked at again."""
     stall_timeout_s: Seconds = 5.0
     """A live source that delivers nothing for this long is lost."""
+    hop_s: Annotated[float, Field(gt=0, le=120)] | None = None
+    """Hop of the main (first) branch of every pack that watches it, instead of the pack's."""
+    roi: tuple[Region, ...] = ()
+    """Regions of interest: packs see nothing else. All when not given."""
+    privacy: tuple[Region, ...] = ()
+    """Regions that are blackened as soon as a picture is decoded: nothing ever sees them."""
+    schedule: tuple[Hours, ...] = ()
+    """When it is watched; always when not given."""
     trusted: bool = True
     """Whether the operator named it, who may name any host and file. What comes through the API never is."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 from engines.manifest import VideoInput
@@ -10,8 +11,9 @@ from stream.ingest.file import FileSource
 from stream.ingest.rtsp import RtspSource
 from stream.ingest.stats import DecodeStats
 from stream.ingest.synthetic import SyntheticSource
+from stream.regions import Blackout
 from stream.settings import SourceSettings
-from stream.types import Source
+from stream.types import Emit, Frame, MediaItem, Source, StopFlag
 
 
 class CountingSource(Source, Protocol):
@@ -34,6 +36,18 @@ def open_source(
     the rate that audio is resampled to (``None``: audio is not decoded), ``first_epoch`` the number of its first
     epoch (a reconnection goes on counting). Raises ``SourceError`` when the address cannot be understood.
     """
+    source = _open(settings, inputs, audio_rate, clock, first_epoch)
+    blackout = Blackout(settings.privacy, settings.roi)
+    return Blackened(source, blackout) if blackout else source
+
+
+def _open(
+    settings: SourceSettings,
+    inputs: tuple[VideoInput, ...],
+    audio_rate: int | None,
+    clock: Clock,
+    first_epoch: int,
+) -> CountingSource:
     match settings.scheme:
         case "file":
             return FileSource(settings, inputs, audio_rate, clock, first_epoch)
@@ -41,3 +55,30 @@ def open_source(
             return SyntheticSource(settings, inputs, audio_rate, clock, first_epoch)
         case _:
             return RtspSource(settings, inputs, audio_rate, clock, first_epoch)
+
+
+class Blackened:
+    """A source whose pictures are blackened in part, on its own thread, before anything else can see them."""
+
+    def __init__(self, source: CountingSource, blackout: Blackout) -> None:
+        self._source = source
+        self._blackout = blackout
+        self.stats = source.stats
+
+    @property
+    def source_id(self) -> str:
+        """See ``stream.types.Source``."""
+        return self._source.source_id
+
+    def run(self, emit: Emit, stop: StopFlag) -> None:
+        """See ``stream.types.Source``."""
+
+        def blackened(item: MediaItem) -> None:
+            emit(self._blacken(item) if isinstance(item, Frame) else item)
+
+        self._source.run(blackened, stop)
+
+    def _blacken(self, frame: Frame) -> Frame:
+        image = frame.image if frame.image.flags.writeable else frame.image.copy()
+        self._blackout.apply(image)
+        return frame if image is frame.image else replace(frame, image=image)

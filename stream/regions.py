@@ -1,0 +1,73 @@
+"""Parts of the picture that packs may not see: privacy masks, and what lies outside the regions of interest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Polygon = Sequence[tuple[float, float]]
+"""Corners ``(x, y)`` in shares of width and height, from the top left; closed by itself."""
+_FINE = 4
+"""Points tested along each side of a pixel, so that one which a polygon cuts counts as touched."""
+
+
+class Blackout:
+    """Blackens pixels of pictures of any size, by polygons in shares of the picture."""
+
+    def __init__(self, privacy: Sequence[Polygon], interest: Sequence[Polygon]) -> None:
+        """``privacy`` is hidden, and so is all that lies outside ``interest``, unless that is empty."""
+        self._privacy = privacy
+        self._interest = interest
+        self._hidden: dict[tuple[int, int], NDArray[np.bool_]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._privacy or self._interest)
+
+    def apply(self, image: NDArray[np.uint8]) -> None:
+        """Blacken uint8 ``[H, W, 3]`` in place."""
+        size = image.shape[0], image.shape[1]
+        hidden = self._hidden.get(size)
+        if hidden is None:
+            hidden = self._hidden[size] = self.hidden(*size)
+        image[hidden] = 0
+
+    def hidden(self, height: int, width: int) -> NDArray[np.bool_]:
+        """bool ``[H, W]``: what is blackened in a picture of that size.
+
+        A pixel that a privacy mask touches is hidden, and so are its neighbours: scaling has mixed them.
+        """
+        hidden = np.zeros((height, width), np.bool_)
+        if self._interest:
+            hidden |= ~np.any([touched(p, height, width) for p in self._interest], axis=0)
+        if self._privacy:
+            hidden |= _grown(np.any([touched(p, height, width) for p in self._privacy], axis=0))
+        return hidden
+
+
+def touched(polygon: Polygon, height: int, width: int) -> NDArray[np.bool_]:
+    """bool ``[H, W]``: pixels that have a part in the polygon, to a quarter of a pixel.
+
+    Even-odd rule: a point is inside when a ray from it crosses the outline an odd number of times.
+    """
+    y = (np.arange(height * _FINE) + 0.5) / (height * _FINE)
+    x = (np.arange(width * _FINE) + 0.5) / (width * _FINE)
+    inside = np.zeros((len(y), len(x)), np.bool_)
+    for (x0, y0), (x1, y1) in zip(polygon, [*polygon[1:], polygon[0]], strict=True):
+        crossed = (y0 <= y) != (y1 <= y)
+        at = x0 + (y[crossed] - y0) * (x1 - x0) / (y1 - y0) if y0 != y1 else np.zeros(0)
+        inside[crossed] ^= x[None, :] < at[:, None]
+    pixels = np.asarray(inside.reshape(height, _FINE, width, _FINE).any(axis=(1, 3)))
+    # An outline thinner than a quarter of a pixel passes between the points; its corners at least are there.
+    for corner_x, corner_y in polygon:
+        pixels[min(int(corner_y * height), height - 1), min(int(corner_x * width), width - 1)] = True
+    return pixels
+
+
+def _grown(hidden: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """With every neighbour of a hidden pixel."""
+    padded = np.pad(hidden, 1)
+    height, width = hidden.shape
+    parts = [padded[dy : dy + height, dx : dx + width] for dy in range(3) for dx in range(3)]
+    return np.asarray(np.any(parts, axis=0))
