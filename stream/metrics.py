@@ -26,6 +26,8 @@ BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 class SourceView:
     """What the collector reads of one source."""
 
+    state: SourceState
+    """With the difference between live and stalled."""
     status: SourceStatus
     """State, attempts, losses."""
     frames: Mapping[str, int]
@@ -165,9 +167,9 @@ class _ServiceCollector(Collector):
         )
         skew = GaugeMetricFamily("sightwire_av_skew_seconds", "Video ahead of audio on arrival", labels=["source"])
         for source_id, view in self._views.sources().items():
-            up.add_metric([source_id], float(view.status.state is SourceState.LIVE))
+            up.add_metric([source_id], float(view.state is SourceState.LIVE))
             for candidate in SourceState:
-                state.add_metric([source_id, str(candidate)], float(candidate is view.status.state))
+                state.add_metric([source_id, str(candidate)], float(candidate is view.state))
             for reason, count in list(view.status.reconnects.items()):
                 lost.add_metric([source_id, reason], count)
             for reason, count in list(view.status.failed_attempts.items()):

@@ -107,7 +107,10 @@ def watches(packs: Sequence[ServedPack], source: SourceSettings) -> list[Watch]:
         )
     chosen = known if source.packs is None else set(source.packs)
     return [
-        Watch(pack.info.name, branch) for pack in packs if pack.info.name in chosen for branch in pack.manifest.branches
+        Watch(pack.info.name, branch)
+        for pack in packs
+        if pack.info.name in chosen
+        for branch in with_hop(pack.manifest, source.hop_s).branches
     ]
 
 

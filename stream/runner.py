@@ -14,6 +14,7 @@ from stream.clock import Clock, SystemClock
 from stream.errors import SinkError, SourceError
 from stream.http.app import create_app
 from stream.http.server import bind, serving
+from stream.http.sources import sources_router
 from stream.metrics import PublisherView
 from stream.packs import ServedPack, load_packs
 from stream.publisher import Publisher
@@ -177,7 +178,8 @@ async def _run_and_publish(
             watching = tasks.create_task(_watch_groups(sink, service))
             http = None
             if listener is not None:
-                app = create_app(settings.http, service.metrics.registry, service.ready.is_set)
+                routers = (sources_router(service.sources, clock, service.check_source),)
+                app = create_app(settings.http, service.metrics.registry, service.ready.is_set, routers)
                 http = await stack.enter_async_context(serving(app, listener))
             where = Addresses(redacted_url(url), embedded, http, _backends(packs))
             failed = await _run_service(service, where, ending, started, seconds)

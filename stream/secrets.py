@@ -6,7 +6,7 @@ import logging
 import re
 from urllib.parse import unquote
 
-from stream.settings import Settings
+from stream.settings import Settings, SourceSettings
 
 _USER_INFO = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^\s/@]+@", re.IGNORECASE)
 _MASK = "***"
@@ -15,14 +15,26 @@ _known: set[str] = set()
 
 def register_secrets(settings: Settings) -> None:
     """Remember every password and token of the settings, as given and decoded."""
-    urls = [source.url.get_secret_value() for source in settings.sources]
+    for source in settings.sources:
+        remember_source(source)
     if settings.redis.url is not None:
-        urls.append(settings.redis.url.get_secret_value())
-    found = [url.partition("://")[2].rpartition("@")[0].partition(":")[2] for url in urls]
+        _remember(_password(settings.redis.url.get_secret_value()))
     if settings.http.token is not None:
-        found.append(settings.http.token.get_secret_value())
+        _remember(settings.http.token.get_secret_value())
+
+
+def remember_source(source: SourceSettings) -> None:
+    """Remember the password of a source that came later."""
+    _remember(_password(source.url.get_secret_value()))
+
+
+def _password(url: str) -> str:
+    return url.partition("://")[2].rpartition("@")[0].partition(":")[2]
+
+
+def _remember(secret: str) -> None:
     # A password of one or two characters would blank out half of the log.
-    _known.update(text for secret in found for text in (secret, unquote(secret)) if len(text) > 2)
+    _known.update(text for text in (secret, unquote(secret)) if len(text) > 2)
 
 
 def without_secrets(text: str) -> str:

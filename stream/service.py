@@ -18,6 +18,7 @@ from stream.inference import FeatureStore
 from stream.ingest.open import CountingSource, open_source
 from stream.metrics import Metrics, SourceView
 from stream.packs import ServedPack, audio_rate, runners, video_inputs, watches
+from stream.schedule import is_on
 from stream.settings import Settings, SourceSettings
 from stream.source_pipeline import Outcome, SourcePipeline
 from stream.sources import RunningSource, Sources
@@ -106,6 +107,10 @@ class Service:
             for runner in thread.values():
                 runner.warmup(self.settings.engine.max_batch)
 
+    def check_source(self, settings: SourceSettings) -> None:
+        """Raises ``SettingsError`` for a source that the packs of this service cannot watch."""
+        audio_rate(settings, watches(self._packs, settings))
+
     def _make_source(self, settings: SourceSettings) -> RunningSource:
         watched = watches(self._packs, settings)
         inputs, rate = video_inputs(watched), audio_rate(settings, watched)
@@ -125,7 +130,13 @@ class Service:
             return self._open_source(settings, inputs, rate, self._clock, first_epoch=first_epoch)
 
         supervisor = Supervisor(
-            settings.id, connect, pipeline.channel, self.settings.retry, self._clock, self._source_changed
+            settings.id,
+            connect,
+            pipeline.channel,
+            self.settings.retry,
+            self._clock,
+            self._source_changed,
+            scheduled=(lambda: is_on(settings.schedule, self._clock.wall_ns())) if settings.schedule else None,
         )
         return RunningSource(pipeline, supervisor)
 
@@ -244,7 +255,9 @@ class Service:
     def _show(self) -> None:
         """Let the metrics look at what runs."""
         views = self.metrics.views
-        views.sources = lambda: {source_id: _view(source) for source_id, source in list(self.sources.items())}
+        views.sources = lambda: {
+            source_id: _view(source, self._clock.monotonic_ns()) for source_id, source in list(self.sources.items())
+        }
         views.queue_depth = lambda: {
             "batch_slots": self._pool.waiting,
             "channels": sum(len(source.pipeline.channel) for source in list(self.sources.values())),
@@ -260,6 +273,12 @@ class Service:
                     self.metrics.parity.labels(*identity).set(error)
 
 
-def _view(source: RunningSource) -> SourceView:
+def _view(source: RunningSource, now_ns: int) -> SourceView:
     supervisor = source.supervisor
-    return SourceView(supervisor.status, supervisor.frames(), supervisor.audio_samples(), source.pipeline.av_skew_s)
+    return SourceView(
+        source.state(now_ns),
+        supervisor.status,
+        supervisor.frames(),
+        supervisor.audio_samples(),
+        source.pipeline.av_skew_s,
+    )

@@ -310,14 +310,18 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _first_error(error: ValidationError, config: Path | None, node: yaml.Node | None) -> str:
+def setting_error(error: ValidationError) -> str:
+    """The first thing wrong with settings: key and cause, never the value, which may be a secret."""
     first = error.errors(include_input=False)[0]
-    loc = first["loc"]
-    key = ".".join(str(part) for part in loc) or "settings"
+    key = ".".join(str(part) for part in first["loc"]) or "settings"
     what = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
-    line = _line_of(node, loc)
+    return f"{key}: {what}"
+
+
+def _first_error(error: ValidationError, config: Path | None, node: yaml.Node | None) -> str:
+    line = _line_of(node, error.errors(include_input=False)[0]["loc"])
     place = f"{config}:{line}: " if config is not None and line is not None else ""
-    return f"{place}{key}: {what}"
+    return place + setting_error(error)
 
 
 def _line_of(node: yaml.Node | None, loc: tuple[int | str, ...]) -> int | None:

@@ -13,7 +13,18 @@ from stream.accounting import Ledger
 from stream.channel import Channel, Policy
 from stream.clock import NS_PER_S, Clock
 from stream.settings import SourceSettings
-from stream.types import AudioChunk, ClipWindow, EpochEnd, EpochStart, Frame, MediaItem, Prediction, Progress, WindowKey
+from stream.types import (
+    AudioChunk,
+    ClipWindow,
+    ClockUpdate,
+    EpochEnd,
+    EpochStart,
+    Frame,
+    MediaItem,
+    Prediction,
+    Progress,
+    WindowKey,
+)
 from stream.windows import Grace, SourceWindows, Watch
 
 CHANNEL_ITEMS = 256
@@ -108,6 +119,8 @@ class SourcePipeline:
         self._settled = asyncio.Event()
         self.video_pts_ns: int | None = None
         self.audio_pts_ns: int | None = None
+        self.newest_arrival_ns: int | None = None
+        """When the newest media arrived (monotonic)."""
 
     @property
     def av_skew_s(self) -> float | None:
@@ -143,6 +156,8 @@ class SourcePipeline:
         return max(0.0, (deadline_ns - self._clock.monotonic_ns()) / NS_PER_S)
 
     async def _take(self, item: MediaItem) -> None:
+        if not isinstance(item, ClockUpdate):
+            self.newest_arrival_ns = item.arrival_ns
         match item:
             case EpochStart():
                 self.video_pts_ns = self.audio_pts_ns = None

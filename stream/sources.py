@@ -7,10 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from stream.clock import NS_PER_S
 from stream.errors import SightwireError, SourceError
 from stream.settings import SourceSettings
 from stream.source_pipeline import SourcePipeline
-from stream.supervisor import Supervisor
+from stream.supervisor import SourceState, Supervisor
+
+STALLED_S = 2.0
+"""A live source that has been silent for this long is called stalled, until it speaks or is given up."""
 
 
 class SourceChangeError(SightwireError):
@@ -42,6 +46,13 @@ class RunningSource:
     def settings(self) -> SourceSettings:
         """What it was started with."""
         return self.pipeline.settings
+
+    def state(self, now_ns: int) -> SourceState:
+        """Its state at a time (monotonic): one that is live and has been silent for a while is stalled."""
+        state, newest_ns = self.supervisor.status.state, self.pipeline.newest_arrival_ns
+        if state is not SourceState.LIVE or not self.settings.live or newest_ns is None:
+            return state
+        return SourceState.STALLED if now_ns - newest_ns > STALLED_S * NS_PER_S else state
 
 
 class Sources(Mapping[str, RunningSource]):

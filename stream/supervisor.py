@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 STOP_S = 6.0
 """How long a source that was told to stop is waited for: its longest uninterruptible step, and a little."""
+SCHEDULE_S = 1.0
+"""How often a schedule is looked at."""
 STABLE_S = 10.0
 """A source that stayed live this long begins its back-off anew."""
 
@@ -32,7 +34,11 @@ class SourceState(StrEnum):
 
     CONNECTING = "connecting"
     LIVE = "live"
+    STALLED = "stalled"
+    """Live, but nothing has come for a while."""
     BACKING_OFF = "backing_off"
+    PAUSED = "paused"
+    """Its schedule says that nobody watches it now."""
     ENDED = "ended"
     FAILED = "failed"
 
@@ -68,7 +74,8 @@ class Supervisor:
     """Runs one source in its own thread, again and again, until it ends, fails for good, or is stopped.
 
     ``open_source(first_epoch)`` makes a fresh source whose first epoch has that number.
-    ``on_change(source_id, status, previous)`` is told of each change of state.
+    ``on_change(source_id, status, previous)`` is told of each change of state. ``scheduled`` says whether the source
+    is watched now (``None``: always); while it is not, there is no connection.
     """
 
     def __init__(
@@ -80,6 +87,7 @@ class Supervisor:
         clock: Clock,
         on_change: Callable[[str, SourceStatus, SourceState], None],
         rng: random.Random | None = None,
+        scheduled: Callable[[], bool] | None = None,
     ) -> None:
         self.source_id = source_id
         self.status = SourceStatus(since_ns=clock.monotonic_ns())
@@ -91,7 +99,9 @@ class Supervisor:
         self._clock = clock
         self._on_change = on_change
         self._rng = rng or random.Random()
+        self._scheduled = scheduled
         self._stop = threading.Event()
+        self._end_attempt = threading.Event()
         self._stopping = asyncio.Event()
         self._next_epoch = 0
         self._open_epoch: int | None = None
@@ -100,6 +110,7 @@ class Supervisor:
     def stop(self) -> None:
         """End the source; ``run`` returns soon after."""
         self._stop.set()
+        self._end_attempt.set()
         self._stopping.set()
         self._channel.stop()
 
@@ -120,9 +131,15 @@ class Supervisor:
         failures = 0
         try:
             while not self._stop.is_set():
+                if not self._on():
+                    await self._pause()
+                    failures = 0
+                    continue
                 self._set(SourceState.CONNECTING)
                 self.status.attempts += 1
                 error = await self._attempt()
+                if not self._stop.is_set() and not self._on():
+                    continue
                 if error is None or self._stop.is_set():
                     break
                 if self._was_stable():
@@ -143,6 +160,14 @@ class Supervisor:
         finally:
             self._channel.close()
 
+    def _on(self) -> bool:
+        return self._scheduled is None or self._scheduled()
+
+    async def _pause(self) -> None:
+        self._set(SourceState.PAUSED)
+        while not self._on() and not self._stop.is_set():
+            await self._sleep(SCHEDULE_S)
+
     def _was_stable(self) -> bool:
         lived_ns = self._clock.monotonic_ns() - self.status.since_ns
         return self.status.state is SourceState.LIVE and lived_ns >= STABLE_S * NS_PER_S
@@ -159,12 +184,18 @@ class Supervisor:
         ended: asyncio.Future[SourceError | None] = self._loop.create_future()
         self._past.update(_counts(self._source))
         self._source = None
+        self._end_attempt = threading.Event()
+        if self._stop.is_set():
+            self._end_attempt.set()
         try:
             self._source = source = self._open_source(self._next_epoch)
         except SourceError as refused:
             return refused
         thread = threading.Thread(
-            target=self._run_source, args=(source, ended), name=f"source-{self.source_id}", daemon=True
+            target=self._run_source,
+            args=(source, self._end_attempt, ended),
+            name=f"source-{self.source_id}",
+            daemon=True,
         )
         thread.start()
         try:
@@ -174,7 +205,9 @@ class Supervisor:
             raise
         finally:
             await asyncio.to_thread(thread.join, STOP_S)
-        self._end_open_epoch("removed" if self._stop.is_set() else "lost" if error else "end_of_stream")
+        paused = self._end_attempt.is_set() and not self._stop.is_set()
+        reason = "removed" if self._stop.is_set() else "paused" if paused else "lost" if error else "end_of_stream"
+        self._end_open_epoch(reason)
         return error
 
     async def _until_ended(self, ended: asyncio.Future[SourceError | None]) -> SourceError | None:
@@ -182,7 +215,11 @@ class Supervisor:
         stopping = asyncio.create_task(self._stopping.wait())
         try:
             either: set[asyncio.Future[Any]] = {ended, stopping}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            look_s = None if self._scheduled is None else SCHEDULE_S
+            while not (await asyncio.wait(either, timeout=look_s, return_when=asyncio.FIRST_COMPLETED))[0]:
+                if not self._on():
+                    self._end_attempt.set()
+                    break
             if not ended.done():
                 await asyncio.wait({ended}, timeout=STOP_S)
         finally:
@@ -192,11 +229,13 @@ class Supervisor:
             return None
         return ended.result()
 
-    def _run_source(self, source: CountingSource, ended: asyncio.Future[SourceError | None]) -> None:
+    def _run_source(
+        self, source: CountingSource, stop: threading.Event, ended: asyncio.Future[SourceError | None]
+    ) -> None:
         outcome: SourceError | None = None
         bug: Exception | None = None
         try:
-            source.run(self._emit, self._stop)
+            source.run(self._emit, stop)
         except Stopped:
             pass
         except SourceError as lost:

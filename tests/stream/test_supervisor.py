@@ -40,14 +40,19 @@ def start(epoch: int) -> EpochStart:
 
 
 class Harness:
-    def __init__(self, *scripts: Callable[[Emit, StopFlag, int], None], retry: RetrySettings = RETRY) -> None:
+    def __init__(
+        self,
+        *scripts: Callable[[Emit, StopFlag, int], None],
+        retry: RetrySettings = RETRY,
+        scheduled: Callable[[], bool] | None = None,
+    ) -> None:
         self.scripts = list(scripts)
         self.opened: list[int] = []
         self.states: list[SourceState] = []
         self.changed = asyncio.Event()
         self.channel: Channel[MediaItem] = Channel(Hop(), 64, Policy.BLOCK, lambda item: False)
         self.supervisor = Supervisor(
-            "cam", self._open, self.channel, retry, SystemClock(), self._changed, random.Random(0)
+            "cam", self._open, self.channel, retry, SystemClock(), self._changed, random.Random(0), scheduled
         )
 
     def _open(self, first_epoch: int) -> Scripted:
@@ -177,3 +182,30 @@ def test_backoff_doubles_up_to_its_limit_and_jitters_down_to_half() -> None:
     assert [backoff_s(retry, n, 0.0) for n in range(1, 6)] == [0.25, 0.5, 1.0, 2.0, 2.0]
     assert backoff_s(retry, 4, 1.0) == 1.0
     assert backoff_s(retry, 10**6, 0.0) == 2.0
+
+
+async def test_a_schedule_ends_the_connection_and_begins_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stream.supervisor.SCHEDULE_S", 0.01)
+    on = False
+
+    def watched(emit: Emit, stop: StopFlag, epoch: int) -> None:
+        nonlocal on
+        emit(start(epoch))
+        on = False
+        assert stop.wait(20)
+        # As a camera does whose connection is cut in a read.
+        raise lost()
+
+    def ends(emit: Emit, stop: StopFlag, epoch: int) -> None:
+        return
+
+    harness = Harness(watched, ends, scheduled=lambda: on)
+    running = asyncio.create_task(harness.run())
+    for _ in range(2):
+        await harness.reached(SourceState.PAUSED)
+        harness.states.clear()
+        on = True
+    items = await running
+    assert harness.opened == [0, 1]
+    assert [item.reason for item in items if isinstance(item, EpochEnd)] == ["paused"]
+    assert harness.supervisor.status.reconnects == {} and harness.states[-1] is SourceState.ENDED

@@ -1,0 +1,156 @@
+"""Sources that come and go while a service runs, over its HTTP interface."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from stream.clock import SystemClock
+from stream.http.app import create_app
+from stream.http.sources import sources_router
+from stream.packs import load_packs
+from stream.service import Service
+from stream.settings import SourceSettings, load_settings
+from stream.sources import SourceBusy
+from tests.stream.test_service import Collector
+
+LIVE = "synthetic://scene?fps=25&width=64&height=36&audio=1&brightness=0:0.8"
+CANARY = "hunter2-canary"
+
+
+class Running:
+    """A service and a client of it."""
+
+    def __init__(self, service: Service, collector: Collector, client: httpx.AsyncClient) -> None:
+        self.service, self.collector, self.client = service, collector, client
+
+    async def until(self, source_id: str, state: str) -> dict[str, Any]:
+        async with asyncio.timeout(20):
+            while True:
+                found: dict[str, Any] = (await self.client.get(f"/v1/sources/{source_id}")).json()
+                if found.get("state") == state:
+                    return found
+                await asyncio.sleep(0.02)
+
+    async def until_windows(self, count: int) -> None:
+        async with asyncio.timeout(20):
+            while sum(self.service.metrics.views.windows.values()) < count:  # noqa: ASYNC110 - counts tell nobody
+                await asyncio.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def serving(tiny_pack: Path, home: Path, **more: Any) -> AsyncIterator[Running]:
+    given = {"packs": [{"name": str(tiny_pack), "backend": "onnxruntime"}], "stay": True, **more}
+    settings = load_settings(None, given)
+    collector, clock = Collector(), SystemClock()
+    service = Service(settings, load_packs(settings, home), collector, clock)
+    app = create_app(
+        settings.http,
+        service.metrics.registry,
+        service.ready.is_set,
+        [sources_router(service.sources, clock, service.check_source)],
+    )
+    running = asyncio.create_task(service.run())
+    await service.ready.wait()
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+        try:
+            yield Running(service, collector, client)
+        finally:
+            service.stop()
+            async with asyncio.timeout(20):
+                await running
+
+
+async def test_a_source_is_added_watched_changed_restarted_and_removed(tiny_pack: Path, tmp_path: Path) -> None:
+    async with serving(tiny_pack, tmp_path) as run:
+        assert (await run.client.get("/v1/sources")).json() == []
+        added = await run.client.post("/v1/sources", json={"id": "a", "url": LIVE})
+        assert added.status_code == 201 and added.headers["location"] == "/v1/sources/a"
+        await run.until("a", "live")
+        await run.until_windows(1)
+        other = {"id": "b", "url": LIVE, "audio": False}
+        assert (await run.client.post("/v1/sources", json=other)).status_code == 201
+        await run.until("b", "live")
+        before = run.service.sources["b"]
+
+        changed = await run.client.patch("/v1/sources/a", json={"hop_s": 1.0, "roi": [[[0, 0], [1, 0], [1, 1]]]})
+        assert changed.status_code == 200 and changed.json()["settings"]["hop_s"] == 1.0
+        assert run.service.sources["a"].pipeline.branches["tiny", "watch"].hop_ns == 1_000_000_000
+        same = run.service.sources["a"]
+        assert (await run.client.patch("/v1/sources/a", json={"hop_s": 1.0})).status_code == 200
+        assert run.service.sources["a"] is same, "nothing differs, so nothing starts anew"
+
+        assert (await run.client.post("/v1/sources/a:restart")).status_code == 200
+        assert run.service.sources["a"] is not same
+        await run.until("a", "live")
+        assert (await run.client.delete("/v1/sources/a")).status_code == 204
+        assert (await run.client.get("/v1/sources/a")).status_code == 404
+        assert run.service.sources["b"] is before, "the other was left alone"
+        reasons = [e.data["reason"] for e in run.collector.events if e.source == "/sources/a" and e.kind == "source"]
+        assert reasons == ["start", "removed"] * 3
+        assert {key[0] for key in run.service.ledger.hops} == {"b"}
+        assert not [t for t in threading.enumerate() if t.name == "source-a"]
+    assert run.service.ledger.unbalanced() == {}
+
+
+async def test_one_change_at_a_time_and_none_at_the_end(tiny_pack: Path, tmp_path: Path) -> None:
+    async with serving(tiny_pack, tmp_path) as run:
+        await run.client.post("/v1/sources", json={"id": "a", "url": LIVE})
+        both = await asyncio.gather(run.client.delete("/v1/sources/a"), run.client.post("/v1/sources/a:restart"))
+        assert sorted(answer.status_code for answer in both) == [204, 409]
+        late = SourceSettings.model_validate({"id": "late", "url": LIVE})
+    with pytest.raises(SourceBusy, match="ending"):
+        run.service.sources.add(late)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ({"id": "a", "url": LIVE}, 409, "is there already"),
+        ({"url": LIVE}, 422, "id: Field required"),
+        ({"id": "b", "url": LIVE, "packs": ["nope"]}, 422, "pack 'nope' is not among the packs"),
+        ({"id": "b", "url": LIVE, "colour": 1}, 422, "colour: unknown key"),
+        ({"id": "b", "url": LIVE, "trusted": True}, 422, "only the configuration file"),
+        ({"id": "b", "url": LIVE, "hop_s": 0.3}, 422, "hop_s 0.3 does not fit"),
+        ({"id": "b", "url": f"gopher://u:{CANARY}@x/"}, 422, "scheme 'gopher' is not supported"),
+    ],
+)
+async def test_what_cannot_be_watched_is_refused_in_one_line(
+    tiny_pack: Path, tmp_path: Path, body: dict[str, Any], status: int, said: str
+) -> None:
+    async with serving(tiny_pack, tmp_path, sources=[{"id": "a", "url": LIVE}]) as run:
+        answer = await run.client.post("/v1/sources", json=body)
+        assert answer.status_code == status
+        assert said in answer.json()["detail"] and "\n" not in answer.json()["detail"]
+        assert CANARY not in answer.text
+        assert list(run.service.sources) == ["a"]
+
+
+async def test_a_password_is_never_told(tiny_pack: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    url = f"rtsp://user:{CANARY}@127.0.0.1:9/cam"
+    async with serving(tiny_pack, tmp_path) as run:
+        told = [await run.client.post("/v1/sources", json={"id": "cam", "url": url})]
+        told += [await run.client.get("/v1/sources"), await run.client.patch("/v1/sources/cam", json={"audio": False})]
+        assert [answer.status_code for answer in told] == [201, 200, 200]
+    assert all(CANARY not in answer.text for answer in told)
+    assert all(CANARY not in str(event.data) for event in run.collector.events)
+
+
+async def test_a_source_of_the_file_may_be_changed_but_not_given_another_address_as_trusted(
+    tiny_pack: Path, tmp_path: Path
+) -> None:
+    async with serving(tiny_pack, tmp_path, sources=[{"id": "a", "url": LIVE}]) as run:
+        assert (await run.client.patch("/v1/sources/a", json={"audio": False})).status_code == 200
+        assert run.service.sources["a"].settings.trusted
+        assert (await run.client.patch("/v1/sources/a", json={"url": LIVE})).status_code == 200
+        assert not run.service.sources["a"].settings.trusted
