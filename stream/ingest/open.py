@@ -11,6 +11,7 @@ from stream.ingest.file import FileSource
 from stream.ingest.rtsp import RtspSource
 from stream.ingest.stats import DecodeStats
 from stream.ingest.synthetic import SyntheticSource
+from stream.ingest.tap import Tap
 from stream.regions import Blackout
 from stream.settings import SourceSettings
 from stream.types import Emit, Frame, MediaItem, Source, StopFlag
@@ -29,14 +30,16 @@ def open_source(
     clock: Clock,
     *,
     first_epoch: int = 0,
+    tap: Tap | None = None,
 ) -> CountingSource:
     """The source of these settings; nothing is connected before ``run``.
 
     ``inputs`` are the video inputs of every branch that watches it (none: video is not decoded), ``audio_rate``
     the rate that audio is resampled to (``None``: audio is not decoded), ``first_epoch`` the number of its first
-    epoch (a reconnection goes on counting). Raises ``SourceError`` when the address cannot be understood.
+    epoch (a reconnection goes on counting). ``tap`` looks on at the packets of a network source. Raises
+    ``SourceError`` when the address cannot be understood.
     """
-    source = _open(settings, inputs, audio_rate, clock, first_epoch)
+    source = _open(settings, inputs, audio_rate, clock, first_epoch, tap)
     blackout = Blackout(settings.privacy, settings.roi)
     return Blackened(source, blackout) if blackout else source
 
@@ -47,6 +50,7 @@ def _open(
     audio_rate: int | None,
     clock: Clock,
     first_epoch: int,
+    tap: Tap | None,
 ) -> CountingSource:
     match settings.scheme:
         case "file":
@@ -54,7 +58,7 @@ def _open(
         case "synthetic":
             return SyntheticSource(settings, inputs, audio_rate, clock, first_epoch)
         case _:
-            return RtspSource(settings, inputs, audio_rate, clock, first_epoch)
+            return RtspSource(settings, inputs, audio_rate, clock, first_epoch, tap)
 
 
 class Blackened:

@@ -18,6 +18,7 @@ from stream.ingest.capture import LiveCapture
 from stream.ingest.decode import Decoder, FrameRenderer, Selected, read_packets, select_streams
 from stream.ingest.errors import Failure, check_network_url, failure, map_av_error
 from stream.ingest.stats import DecodeStats
+from stream.ingest.tap import Tap
 from stream.ingest.timeline import to_ns
 from stream.settings import SourceSettings, Transport
 from stream.types import Emit, StopFlag, Stopped
@@ -51,6 +52,7 @@ class RtspSource:
         audio_rate: int | None,
         clock: Clock,
         first_epoch: int = 0,
+        tap: Tap | None = None,
     ) -> None:
         """Raises ``SourceError`` when the address cannot be understood."""
         self._settings = settings
@@ -61,6 +63,7 @@ class RtspSource:
         check_network_url(settings.id, self._url)
         self._renderer = FrameRenderer()
         self._first_epoch = first_epoch
+        self._tap = tap
         self.stats = DecodeStats()
 
     @property
@@ -109,7 +112,7 @@ class RtspSource:
             self.source_id,
             self._inputs,
             tracks,
-            LiveCapture(self._clock),
+            LiveCapture(self._clock if self._tap is None else self._tap.connected(selected.streams)),
             self._renderer.render,
             emit,
             self.stats,
@@ -120,9 +123,15 @@ class RtspSource:
         try:
             self._read(container, selected, decoder, assembler, stop)
         except (SourceError, av.error.FFmpegError):
-            decoder.finish("lost", self._clock.monotonic_ns())
+            self._finish(decoder, "lost")
             raise
-        decoder.finish("removed", self._clock.monotonic_ns())
+        self._finish(decoder, "removed")
+
+    def _finish(self, decoder: Decoder, reason: str) -> None:
+        ended_ns = self._clock.monotonic_ns()
+        if self._tap is not None:
+            self._tap.ended(reason, ended_ns)
+        decoder.finish(reason, ended_ns)
 
     def _read(
         self,
@@ -145,11 +154,14 @@ class RtspSource:
             if stop.is_set():
                 return
             newest_ns = self._clock.monotonic_ns()
+            offset_ns = None
             if newest_ns >= report_due_ns:
                 report_due_ns = newest_ns + REPORT_CHECK_NS
                 offset_ns = reported_offset_ns(packet)
-                if offset_ns is not None:
-                    assembler.sender_report(offset_ns)
+            if self._tap is not None:
+                self._tap.received(packet, newest_ns, offset_ns)
+            if offset_ns is not None:
+                assembler.sender_report(offset_ns)
             decoder.feed(packet, newest_ns)
         if not stop.is_set():
             raise failure(self.source_id, self._url, Failure.ENDED)
