@@ -14,6 +14,7 @@ import typer
 
 from engines.errors import EngineError
 from stream.cli_models import models_app
+from stream.cli_sources import sources_app
 from stream.errors import SettingsError, SightwireError
 from stream.secrets import register_secrets
 from stream.settings import Settings, home, load_settings, redacted_url, source_scheme
@@ -28,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(models_app)
+app.add_typer(sources_app, name="sources")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 """What may stand before the = of ``--source ID=URL``."""
@@ -142,6 +144,7 @@ def run(
     fast: FastOption = False,
     loop: Annotated[bool, typer.Option("--loop", help="Start files again when they end.")] = False,
     http_port: Annotated[int | None, typer.Option("--http-port", help="Port of /metrics; 0 takes a free one.")] = None,
+    stay: Annotated[bool, typer.Option("--stay", help="Go on without sources: add them while it runs.")] = False,
     seconds: SecondsOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not show events.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
@@ -149,10 +152,16 @@ def run(
     """Watch sources and publish their events to Redis."""
     set_up_logging(verbose)
     more: dict[str, Any] = {} if http_port is None else {"http": {"port": http_port}}
-    settings = settings_from(config, source, redis, pack, backend=backend, fast=fast, loop=loop, **more)
-    if not settings.sources:
-        raise SettingsError("no source: give --source URL, or sources in --config FILE")
-    _serve(settings, seconds=seconds, show=not quiet, publish=True)
+    if stay:
+        more["stay"] = True
+
+    def read() -> Settings:
+        return settings_from(config, source, redis, pack, backend=backend, fast=fast, loop=loop, **more)
+
+    settings = read()
+    if not settings.sources and not settings.stay:
+        raise SettingsError("no source: give --source URL, sources in --config FILE, or --stay to add them later")
+    _serve(settings, seconds=seconds, show=not quiet, publish=True, reload=read)
 
 
 @app.command()
@@ -170,7 +179,14 @@ def watch(
     _serve(settings, seconds=seconds, show=True, publish=False)
 
 
-def _serve(settings: Settings, *, seconds: float | None, show: bool, publish: bool) -> None:
+def _serve(
+    settings: Settings,
+    *,
+    seconds: float | None,
+    show: bool,
+    publish: bool,
+    reload: Callable[[], Settings] | None = None,
+) -> None:
     from stream import runner, screen
 
     shower: Callable[..., None] | None = screen.event_printer(out) if show else None
@@ -181,7 +197,8 @@ def _serve(settings: Settings, *, seconds: float | None, show: bool, publish: bo
         screen.print_addresses(err, where, settings)
 
     with loading:
-        summary = asyncio.run(runner.run(settings, show=shower, started=started, seconds=seconds, publish=publish))
+        serving = runner.run(settings, show=shower, started=started, seconds=seconds, publish=publish, reload=reload)
+        summary = asyncio.run(serving)
     screen.print_summary(err, summary)
     if summary.failed:
         raise typer.Exit(FAILED)

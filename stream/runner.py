@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from stream.clock import Clock, SystemClock
-from stream.errors import SinkError, SourceError
+from stream.errors import SettingsError, SinkError, SourceError
 from stream.http.app import create_app
 from stream.http.server import bind, serving
 from stream.http.sources import sources_router
@@ -46,6 +46,8 @@ class Addresses:
 
 Started = Callable[[Addresses], None]
 """Called once, when the sources have been started."""
+Reload = Callable[[], Settings]
+"""Reads the settings again, on SIGHUP. Raises ``SettingsError``."""
 
 
 class Ending:
@@ -58,6 +60,8 @@ class Ending:
         self._service: Service | None = None
         self._publisher: Publisher | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._reload: Reload | None = None
+        self._reloading: set[asyncio.Task[None]] = set()
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:
@@ -65,10 +69,11 @@ class Ending:
         numbers = (signal.SIGINT, signal.SIGTERM)
         for number in numbers:
             self._loop.add_signal_handler(number, self._on_signal, number)
+        self._loop.add_signal_handler(signal.SIGHUP, self._on_hang_up)
         try:
             yield
         finally:
-            for number in numbers:
+            for number in (*numbers, signal.SIGHUP):
                 self._loop.remove_signal_handler(number)
             if self._timer is not None:
                 self._timer.cancel()
@@ -79,9 +84,25 @@ class Ending:
             self._cut()
         self.ask()
 
-    def attach(self, service: Service, publisher: Publisher | None = None) -> None:
-        """What has to end."""
-        self._service, self._publisher = service, publisher
+    def _on_hang_up(self) -> None:
+        if self._reload is None or self._service is None:
+            log.warning("SIGHUP: there is no configuration to read again")
+            return
+        task = self._loop.create_task(self._follow(self._service, self._reload), name="reload")
+        self._reloading.add(task)
+        task.add_done_callback(self._reloading.discard)
+
+    async def _follow(self, service: Service, reload: Reload) -> None:
+        try:
+            settings = await asyncio.to_thread(reload)
+        except SettingsError as error:
+            log.error("SIGHUP: the sources stay as they are: %s", error)
+            return
+        log.info("SIGHUP: %s", await service.follow(settings))
+
+    def attach(self, service: Service, publisher: Publisher | None = None, reload: Reload | None = None) -> None:
+        """What has to end, and how its settings are read again."""
+        self._service, self._publisher, self._reload = service, publisher, reload
         if self._asked:
             service.stop()
 
@@ -121,11 +142,12 @@ async def run(
     seconds: float | None = None,
     publish: bool = True,
     clock: Clock | None = None,
+    reload: Reload | None = None,
 ) -> Summary:
     """Run until the sources have ended, a signal comes, or ``seconds`` are over.
 
-    Without ``publish`` events are only shown, and there is no Redis and no HTTP. Raises ``SightwireError`` with one
-    line for the user when something cannot be started.
+    On SIGHUP the sources are made to be those of ``reload``. Without ``publish`` events are only shown, and there is
+    no Redis and no HTTP. Raises ``SightwireError`` with one line for the user when something cannot be started.
     """
     clock = clock or SystemClock()
     ending = Ending(settings.shutdown_grace_s)
@@ -136,7 +158,7 @@ async def run(
             # Without a reader there is nothing left to do.
             tally = Tally(live, show, on_deaf=ending.ask)
             return await _run_to_console(settings, packs, clock, tally, ending, started, seconds)
-        return await _run_and_publish(settings, packs, clock, Tally(live, show), ending, started, seconds)
+        return await _run_and_publish(settings, packs, clock, Tally(live, show), ending, started, seconds, reload)
 
 
 async def _run_to_console(
@@ -163,6 +185,7 @@ async def _run_and_publish(
     ending: Ending,
     started: Started | None,
     seconds: float | None,
+    reload: Reload | None,
 ) -> Summary:
     listener = bind(settings.http) if settings.http.enabled else None
     async with contextlib.AsyncExitStack() as stack:
@@ -172,7 +195,7 @@ async def _run_and_publish(
         service = Service(settings, packs, publisher, clock)
         tally.observe_latency = lambda kind, latency_s: service.metrics.event_latency.labels(kind).observe(latency_s)
         service.metrics.views.publisher = lambda: _publisher_view(publisher)
-        ending.attach(service, publisher)
+        ending.attach(service, publisher, reload)
         async with asyncio.TaskGroup() as tasks:
             publishing = tasks.create_task(publisher.run())
             watching = tasks.create_task(_watch_groups(sink, service))

@@ -107,6 +107,14 @@ class Service:
             for runner in thread.values():
                 runner.warmup(self.settings.engine.max_batch)
 
+    async def follow(self, settings: Settings) -> str:
+        """Make the sources those of new settings: what is new starts, what is gone ends, what differs starts anew.
+
+        Sources that came through the API are left alone. Returns what was done, in words. A source that cannot be
+        watched is logged and left as it is.
+        """
+        return await self.sources.follow(settings.sources, self.check_source)
+
     def check_source(self, settings: SourceSettings) -> None:
         """Raises ``SettingsError`` for a source that the packs of this service cannot watch."""
         audio_rate(settings, watches(self._packs, settings))

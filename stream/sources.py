@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from stream.clock import NS_PER_S
-from stream.errors import SightwireError, SourceError
+from stream.errors import SettingsError, SightwireError, SourceError
 from stream.settings import SourceSettings
 from stream.source_pipeline import SourcePipeline
 from stream.supervisor import SourceState, Supervisor
+
+log = logging.getLogger(__name__)
 
 STALLED_S = 2.0
 """A live source that has been silent for this long is called stalled, until it speaks or is given up."""
@@ -140,6 +143,33 @@ class Sources(Mapping[str, RunningSource]):
     async def restart(self, source_id: str) -> RunningSource:
         """End a source and start it anew, at once. Raises ``UnknownSource`` or ``SourceBusy``."""
         return await self.replace(self.known(source_id).settings)
+
+    async def follow(self, wanted: Iterable[SourceSettings], check: Callable[[SourceSettings], None]) -> str:
+        """Make the trusted sources these, leaving those alone that do not differ; returns what was done, in words.
+
+        A source that cannot be changed is logged and left as it is.
+        """
+        new = {settings.id: settings for settings in wanted}
+        old = {source_id: source.settings for source_id, source in self.items() if source.settings.trusted}
+        done: dict[str, list[str]] = {"added": [], "changed": [], "removed": []}
+        for source_id in sorted(new.keys() | old.keys()):
+            try:
+                if source_id not in new:
+                    await self.remove(source_id)
+                    done["removed"].append(source_id)
+                    continue
+                if new[source_id] == old.get(source_id):
+                    continue
+                check(new[source_id])
+                if source_id in self:
+                    await self.replace(new[source_id])
+                    done["changed"].append(source_id)
+                else:
+                    self.add(new[source_id])
+                    done["added"].append(source_id)
+            except (SourceChangeError, SettingsError) as error:
+                log.error("%s", error)
+        return "; ".join(f"{what} {', '.join(ids)}" for what, ids in done.items() if ids) or "no source differs"
 
     def known(self, source_id: str) -> RunningSource:
         """The source of that name. Raises ``UnknownSource``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +28,12 @@ class Done:
     def errors(self) -> list[str]:
         """The lines that tell of an error."""
         return [line for line in self.err.splitlines() if line.startswith("error:")]
+
+
+def free_port() -> int:
+    """One that nobody listens on, here and now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def environment(home: Path) -> dict[str, str]:

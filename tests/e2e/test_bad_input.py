@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.command import Done, Running, sightwire
+from tests.e2e.command import Done, Running, free_port, sightwire
 from tests.e2e.conftest import StartRtspServer
 from tests.stream.ingest.media import Clip, make_clip
 
@@ -43,11 +43,6 @@ def mute_port() -> Iterator[int]:
     """Takes connections and never says a word."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def test_no_such_host(watch: Watch) -> None:

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import pytest
 import yaml
 
 from engines.tinypack import write_tiny_pack
+from tests.e2e.command import free_port
 from tests.e2e.conftest import missing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,12 +103,6 @@ def wait_for(what: str, condition: Callable[[], bool], seconds: float = WAIT_S) 
 
 def has_counted(prometheus: Prometheus, counter: str) -> bool:
     return prometheus.value(counter) > 0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def tool(name: str) -> str:

@@ -154,3 +154,18 @@ async def test_a_source_of_the_file_may_be_changed_but_not_given_another_address
         assert run.service.sources["a"].settings.trusted
         assert (await run.client.patch("/v1/sources/a", json={"url": LIVE})).status_code == 200
         assert not run.service.sources["a"].settings.trusted
+
+
+async def test_new_settings_change_what_differs_and_nothing_else(tiny_pack: Path, tmp_path: Path) -> None:
+    first = [{"id": name, "url": LIVE} for name in ("stays", "changes", "goes")]
+    then = [{"id": "stays", "url": LIVE}, {"id": "changes", "url": LIVE, "audio": False}, {"id": "comes", "url": LIVE}]
+    async with serving(tiny_pack, tmp_path, sources=first) as run:
+        await run.client.post("/v1/sources", json={"id": "api", "url": LIVE})
+        before = dict(run.service.sources)
+        wrong = {"id": "wrong", "url": LIVE, "packs": ["nope"]}
+        done = await run.service.follow(load_settings(None, {"sources": [*then, wrong]}))
+        assert done == "added comes; changed changes; removed goes"
+        after = dict(run.service.sources)
+        assert set(after) == {"stays", "changes", "comes", "api"}
+        assert after["stays"] is before["stays"] and after["api"] is before["api"]
+        assert after["changes"] is not before["changes"] and not after["changes"].settings.audio
