@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from engines.manifest import Branch
@@ -17,6 +17,7 @@ from stream.types import (
     AudioChunk,
     ClipWindow,
     ClockUpdate,
+    Elapsed,
     EpochEnd,
     EpochStart,
     Frame,
@@ -121,6 +122,7 @@ class SourcePipeline:
         self.audio_pts_ns: int | None = None
         self.newest_arrival_ns: int | None = None
         """When the newest media arrived (monotonic)."""
+        self._replayed_ns: int | None = None
 
     @property
     def av_skew_s(self) -> float | None:
@@ -147,11 +149,15 @@ class SourcePipeline:
                 return
             for item in items:
                 await self._take(item)
-            await self._submit(self._windows.poll(self._clock.monotonic_ns()))
+            await self._submit(self._windows.poll(self._now_ns()))
+
+    def _now_ns(self) -> int:
+        """The time that windows wait by: for a replay, when its media arrived."""
+        return self._clock.monotonic_ns() if self._replayed_ns is None else self._replayed_ns
 
     def _timeout_s(self) -> float | None:
         deadline_ns = self._windows.deadline_ns
-        if deadline_ns is None:
+        if deadline_ns is None or self._replayed_ns is not None:
             return None
         return max(0.0, (deadline_ns - self._clock.monotonic_ns()) / NS_PER_S)
 
@@ -166,15 +172,20 @@ class SourcePipeline:
                 self.video_pts_ns = item.pts_ns
             case AudioChunk():
                 self.audio_pts_ns = item.pts_ns + len(item.samples) * NS_PER_S // item.sample_rate
+            case Elapsed():
+                self._replayed_ns = item.arrival_ns
             case _:
                 pass
-        await self._submit(self._windows.push(item, self._clock.monotonic_ns()))
+        await self._submit(self._windows.push(item, self._now_ns()))
         if isinstance(item, EpochEnd):
             await self._until_pending(0)
             await self._on_epoch_end(item)
 
     async def _submit(self, windows: list[ClipWindow]) -> None:
         for window in windows:
+            if self._replayed_ns is not None:
+                # Whom it competes with for an engine goes by the real time.
+                window = replace(window, closed_ns=self._clock.monotonic_ns())
             if not self.settings.live:
                 await self._until_pending(self._max_pending - 1)
                 self._sequencer.expect(window.key)

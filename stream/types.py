@@ -177,7 +177,19 @@ class EpochEnd(_ShapedRepr):
     """When that was known."""
 
 
-MediaItem = EpochStart | Frame | AudioChunk | Progress | ClockUpdate | EpochEnd
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Elapsed(_ShapedRepr):
+    """A recording that is replayed faster than it was made says how late it is: all that arrived before was emitted."""
+
+    source_id: str
+    """The source."""
+    epoch: int
+    """Its epoch."""
+    arrival_ns: int
+    """Time of arrival of what comes next."""
+
+
+MediaItem = EpochStart | Frame | AudioChunk | Progress | ClockUpdate | Elapsed | EpochEnd
 """What a source emits, in this order: ``EpochStart``, media, ``EpochEnd``, ``EpochStart``, …"""
 
 Emit = Callable[[MediaItem], None]

@@ -24,6 +24,7 @@ from stream.types import (
     CaptureClock,
     ClipWindow,
     ClockUpdate,
+    Elapsed,
     EpochEnd,
     EpochStart,
     Frame,
@@ -257,6 +258,8 @@ class SourceWindows:
             case ClockUpdate():
                 for cutter in self._cutters:
                     cutter.clock = item.clock
+            case Elapsed():
+                closed = self.poll(item.arrival_ns)
             case _:
                 for cutter in self._cutters:
                     closed += cutter.push(item, now_ns)

@@ -1,0 +1,134 @@
+"""The files of one recording: which is written, when the next one begins, and which one makes room for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from stream.clock import NS_PER_S
+from stream.ingest.matroska import Media, PartWriter, Template
+from stream.ingest.recording import Connected, Note, Title, existing_parts, part_path
+
+log = logging.getLogger(__name__)
+
+PARTS = 8
+"""Files that a full recording is made of; the oldest makes room for the newest."""
+_WAIT_FOR_KEY_NS = 10 * NS_PER_S
+"""How long a file's header waits for parameter sets."""
+
+
+class RecordingFiles:
+    """Appends what happens to the newest file; begins another for other codec parameters, and when it is full.
+
+    All files of that name together keep to ``max_bytes``, give or take what comes between two key frames.
+    """
+
+    def __init__(self, source_id: str, path: Path, max_bytes: int, settings: Mapping[str, Any]) -> None:
+        self.current = path
+        """The file being written, or written last."""
+        self._source_id = source_id
+        self._path = path
+        self._max_bytes = max_bytes
+        self._part_bytes = max(1, max_bytes // PARTS)
+        self._settings = settings
+        self._session = ""
+        self._part = 0
+        self._template: Template | None = None
+        self._connection: Connected | None = None
+        self._writer: PartWriter | None = None
+        self._unknown: set[int] = set()
+        self._extradata: dict[int, bytes] = {}
+        self._held: list[Media | Note] = []
+        self._held_since_ns: int | None = None
+
+    def write(self, session: str, what: Media | Note, template: Template) -> None:
+        """Append one thing. Raises ``OSError`` or ``av.error.FFmpegError``."""
+        if session != self._session:
+            self.close()
+            self._session, self._part = session, 0
+        if isinstance(what, Connected):
+            self._connect(what, template)
+        elif isinstance(what, Media) and self._is_full(what):
+            self._finish_part()
+        self._held.append(what)
+        if self._writer is not None or not self._waits(what):
+            self._write_held()
+
+    def close(self, *, discard: bool = False) -> None:
+        """Complete the file. Raises ``OSError`` or ``av.error.FFmpegError``."""
+        if discard:
+            self._held = []
+        try:
+            self._write_held()
+        finally:
+            self._template = None
+            self._finish_part()
+
+    def _connect(self, connection: Connected, template: Template) -> None:
+        if self._template is None or template.key != self._template.key:
+            self.close()
+            self._unknown, self._extradata = set(template.lacks_parameter_sets()), {}
+            self._held_since_ns = None
+        self._template, self._connection = template, connection
+
+    def _waits(self, what: Media | Note) -> bool:
+        """Whether the header waits for parameter sets that the source did not announce."""
+        if self._unknown and isinstance(what, Media) and self._template is not None:
+            at_ns = what.stamp.arrival_ns
+            self._held_since_ns = self._held_since_ns or at_ns
+            if what.track in self._unknown and what.stamp.key:
+                self._unknown.discard(what.track)
+                found = self._template.parameter_sets(what)
+                if found is not None:
+                    self._extradata[what.track] = found
+            if at_ns - self._held_since_ns > _WAIT_FOR_KEY_NS:
+                self._unknown.clear()
+        return bool(self._unknown)
+
+    def _is_full(self, media: Media) -> bool:
+        if self._writer is None or self._connection is None:
+            return False
+        size = self._writer.size
+        kinds = [track.kind for track in self._connection.tracks]
+        # A file begins with a key frame, so that it can be played by itself.
+        good = media.stamp.key and (kinds[media.track] == "video" or "video" not in kinds)
+        return size >= self._part_bytes and (good or size >= 2 * self._part_bytes)
+
+    def _write_held(self) -> None:
+        held, self._held = self._held, []
+        for what in held:
+            writer = self._writer or self._open(what)
+            if isinstance(what, Media):
+                writer.write(what)
+            else:
+                writer.note(what)
+
+    def _open(self, first: Media | Note) -> PartWriter:
+        assert self._template is not None and self._connection is not None
+        parts = existing_parts(self._path)
+        self._make_room(parts)
+        self.current = part_path(self._path, max(parts, default=0) + 1)
+        title = Title(self._session, self._part, self._source_id, self._settings)
+        self._writer = PartWriter(self.current, self._template, title, self._extradata)
+        self._part += 1
+        if not isinstance(first, Connected):
+            number = first.stamp.number if isinstance(first, Media) else first.number
+            self._writer.note(replace(self._connection, number=number, continues=True))
+        return self._writer
+
+    def _make_room(self, parts: Mapping[int, Path]) -> None:
+        sizes = {number: path.stat().st_size for number, path in parts.items()}
+        for number, path in parts.items():
+            if sum(sizes.values()) + self._part_bytes <= self._max_bytes:
+                return
+            path.unlink()
+            del sizes[number]
+            log.info("source %s: %s made room for newer media", self._source_id, path)
+
+    def _finish_part(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
