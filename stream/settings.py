@@ -16,7 +16,7 @@ from engines.manifest import Precision
 from stream.errors import SettingsError
 from stream.schedule import Hours
 
-SCHEMES = ("rtsp", "rtsps", "file", "synthetic")
+SCHEMES = ("rtsp", "rtsps", "file", "synthetic", "replay")
 """Kinds of source this version opens."""
 
 SourceId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
@@ -77,6 +77,10 @@ class SourceSettings(_Section):
     """When it is watched; always when not given."""
     trusted: bool = True
     """Whether the operator named it, who may name any host and file. What comes through the API never is."""
+    record: Path | None = None
+    """File to record it to while it is watched, to be replayed by ``sightwire replay``."""
+    record_max_mb: Annotated[int, Field(ge=8)] = 4096
+    """Size of all files of the recording together; the oldest make room."""
 
     @field_validator("url")
     @classmethod
@@ -88,15 +92,27 @@ class SourceSettings(_Section):
             raise ValueError("the password must be percent-encoded (/ is %2F, # is %23, ? is %3F, @ is %40)")
         return url
 
+    @model_validator(mode="after")
+    def _may_be_recorded(self) -> Self:
+        if self.record is None:
+            return self
+        if not self.trusted:
+            raise ValueError("record: only the configuration file may name a file to write")
+        if self.scheme in ("file", "synthetic", "replay"):
+            raise ValueError(f"record: a {self.scheme} source is not recorded; record cameras and streams")
+        if self.privacy:
+            raise ValueError("record: packets are kept as they come, without the privacy masks; leave out one of both")
+        return self
+
     @property
     def scheme(self) -> str:
-        """rtsp, rtsps, file or synthetic."""
+        """rtsp, rtsps, file, synthetic or replay."""
         return source_scheme(self.url.get_secret_value())
 
     @property
     def live(self) -> bool:
         """Whether media comes in its own time, so that freshness beats completeness."""
-        return self.scheme not in ("file", "synthetic") or self.pace is Pace.REALTIME
+        return self.scheme not in ("file", "synthetic", "replay") or self.pace is Pace.REALTIME
 
 
 def source_scheme(url: str) -> str:

@@ -8,6 +8,7 @@ from typing import Protocol
 from engines.manifest import VideoInput
 from stream.clock import Clock
 from stream.ingest.file import FileSource
+from stream.ingest.replay import ReplaySource
 from stream.ingest.rtsp import RtspSource
 from stream.ingest.stats import DecodeStats
 from stream.ingest.synthetic import SyntheticSource
@@ -57,6 +58,8 @@ def _open(
             return FileSource(settings, inputs, audio_rate, clock, first_epoch)
         case "synthetic":
             return SyntheticSource(settings, inputs, audio_rate, clock, first_epoch)
+        case "replay":
+            return ReplaySource(settings, inputs, audio_rate, clock, first_epoch)
         case _:
             return RtspSource(settings, inputs, audio_rate, clock, first_epoch, tap)
 
