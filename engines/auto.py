@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -167,7 +168,8 @@ def _measure_apart(
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     backend, precision = candidate
     compiled = "" if options.cache_dir is None else str(options.cache_dir)
-    request = [str(folder.resolve()), backend, precision, str(options.threads), options.device, compiled, *graphs]
+    numbers = [str(options.threads), str(options.engines)]
+    request = [str(folder.resolve()), backend, precision, *numbers, options.device, compiled, *graphs]
     try:
         done = subprocess.run(
             [sys.executable, "-m", "engines.auto", *request],
@@ -190,16 +192,23 @@ def _measure_apart(
 def measure_graphs(
     folder: Path, manifest: Manifest, backend: str, graphs: Sequence[str], options: EngineOptions
 ) -> dict[str, dict[int, float]]:
-    """Median milliseconds of a call, by graph and batch size. Raises an ``EngineError``."""
+    """Median milliseconds of a call, by graph and batch size, of one engine beside the others that are to run at once.
+
+    Raises an ``EngineError``.
+    """
     times: dict[str, dict[int, float]] = {}
     for name in graphs:
         graph = manifest.graph(name)
-        loaded = backends.load(folder / graph.file, manifest.name, graph, backend, options)
-        engine = in_parts(loaded, graph, options.device)
-        try:
-            times[name] = {n: time_batch(engine, random_batch(graph, n), _REPEATS).p50_ms for n in _BATCHES}
-        finally:
-            engine.close()
+        with ExitStack() as stack:
+            engines = []
+            for _ in range(options.engines):
+                loaded = backends.load(folder / graph.file, manifest.name, graph, backend, options)
+                stack.callback(loaded.close)
+                engines.append(in_parts(loaded, graph, options.device))
+            first, *others = engines
+            times[name] = {
+                n: time_batch(first, random_batch(graph, n), _REPEATS, beside=others).p50_ms for n in _BATCHES
+            }
     return times
 
 
@@ -223,6 +232,7 @@ def _key(
         candidates,
         options.precision,
         options.threads,
+        options.engines,
         options.device,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -246,9 +256,11 @@ def _remember(path: Path, choice: Choice) -> None:
         _log.warning("cannot remember the choice of backend in %s (%s); it is measured again next time", path, error)
 
 
-def main(folder: str, backend: str, precision: str, threads: str, device: str, compiled: str, *graphs: str) -> None:
+def main(
+    folder: str, backend: str, precision: str, threads: str, engines: str, device: str, compiled: str, *graphs: str
+) -> None:
     """Print what ``measure_graphs`` finds; exit with the error's message where it fails."""
-    options = EngineOptions(precision, int(threads), device, Path(compiled) if compiled else None)
+    options = EngineOptions(precision, int(threads), device, Path(compiled) if compiled else None, int(engines))
     try:
         print(json.dumps(measure_graphs(Path(folder), read_manifest(Path(folder)), backend, graphs, options)))
     except EngineError as error:

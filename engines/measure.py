@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -33,16 +36,7 @@ def measure(
     """
     spec = engine.spec
     got = [engine.infer(batch) for batch in inputs]
-    logits = logit_tensors(manifest)
-    outputs = tuple(
-        compare(
-            tensor.name,
-            np.concatenate([batch[tensor.name] for batch in expected]),
-            np.concatenate([batch[tensor.name] for batch in got]),
-            logits=tensor.name in logits,
-        )
-        for tensor in spec.outputs
-    )
+    outputs = _compared(manifest, spec, expected, got)
     return GraphParity(
         graph=spec.graph,
         onnx_sha256=_measured_file(manifest, spec),
@@ -58,6 +52,34 @@ def measure(
     )
 
 
+def _compared(
+    manifest: Manifest, spec: EngineSpec, expected: Sequence[Mapping[str, Array]], got: Sequence[Mapping[str, Array]]
+) -> tuple[OutputParity, ...]:
+    logits, embeddings = logit_tensors(manifest), embedding_tensors(manifest)
+    outputs = []
+    for name in (tensor.name for tensor in spec.outputs):
+        want, have = [batch[name] for batch in expected], [batch[name] for batch in got]
+        try:
+            whole = compare(
+                name,
+                np.concatenate(want),
+                np.concatenate(have),
+                logits=name in logits,
+                embedding=name in embeddings,
+            )
+        except ManifestError as error:
+            raise ManifestError(f"pack {manifest.name}: graph {spec.graph}: {error}") from error
+        errors = tuple(float(f"{_batch_error(*pair):.3g}") for pair in zip(want, have, strict=True))
+        outputs.append(whole.model_copy(update={"window_errors": errors}))
+    return tuple(outputs)
+
+
+def _batch_error(want: Array, got: Array) -> float:
+    if want.dtype == np.uint8:
+        return float((want != got).mean())
+    return float(np.abs(want.astype(np.float64) - got).max())
+
+
 def _measured_file(manifest: Manifest, spec: EngineSpec) -> str:
     file = manifest.graph(spec.graph).artifact(spec.backend, spec.precision)
     if file is None:
@@ -68,11 +90,11 @@ def _measured_file(manifest: Manifest, spec: EngineSpec) -> str:
     return file.sha256
 
 
-def compare(name: str, want: Array, got: Array, *, logits: bool = False) -> OutputParity:
+def compare(name: str, want: Array, got: Array, *, logits: bool = False, embedding: bool = False) -> OutputParity:
     """Compare two arrays of one output, the batch first.
 
     ``uint8`` arrays are masks of class indices: agreement of pixels and mean intersection over union.
-    Raises ``ManifestError`` when dtype or shape differ.
+    Raises ``ManifestError`` when dtype or shape differ, or when the reference itself is no number.
     """
     if want.shape != got.shape or want.dtype != got.dtype:
         raise ManifestError(
@@ -81,6 +103,8 @@ def compare(name: str, want: Array, got: Array, *, logits: bool = False) -> Outp
         )
     if want.dtype == np.uint8:
         return OutputParity(tensor=name, mask_agreement=float((want == got).mean()), mask_iou=mean_iou(want, got))
+    if not np.isfinite(want).all():
+        raise ManifestError(f"output {name} of the reference itself holds NaN or infinity; correct the model's weights")
     error = np.abs(want.astype(np.float64) - got.astype(np.float64))
     top1 = float((want.argmax(axis=-1) == got.argmax(axis=-1)).mean()) if logits else None
     rms, spread = float(np.sqrt(np.mean(error**2))), float(want.std(dtype=np.float64))
@@ -90,6 +114,7 @@ def compare(name: str, want: Array, got: Array, *, logits: bool = False) -> Outp
         mean_abs_error=float(error.mean()),
         relative_error=rms / spread if spread > 0 else rms,
         top1_agreement=top1,
+        cosine=smallest_cosine(want, got) if embedding else None,
     )
 
 
@@ -99,6 +124,23 @@ def mean_iou(want: Array, got: Array) -> float:
     return float(np.mean([((want == c) & (got == c)).sum() / ((want == c) | (got == c)).sum() for c in present]))
 
 
+def smallest_cosine(want: Array, got: Array) -> float:
+    """Smallest cosine between vectors ``[..., D]`` of two arrays; two vectors of zeros are the same."""
+    a, b = (array.reshape(-1, array.shape[-1]).astype(np.float64) for array in (want, got))
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    same = (a == b).all(axis=1)
+    cosines = np.where(same, 1.0, (a * b).sum(axis=1) / np.where(lengths > 0, lengths, 1.0))
+    return float(np.clip(cosines.min(), -1, 1))
+
+
+def embedding_tensors(manifest: Manifest) -> frozenset[str]:
+    """Names of the outputs that hold embeddings: those of heads, and an encoder's features."""
+    heads = [head for branch in manifest.branches for head in branch.heads]
+    encoders = [branch.encoder for branch in manifest.branches if branch.encoder is not None]
+    features = [tensor.name for name in encoders for tensor in manifest.graph(name).outputs]
+    return frozenset([*features, *(head.output for head in heads if head.kind is HeadKind.EMBEDDING)])
+
+
 def logit_tensors(manifest: Manifest) -> frozenset[str]:
     """Names of the outputs that hold logits of labels."""
     heads = [head for branch in manifest.branches for head in branch.heads]
@@ -106,16 +148,47 @@ def logit_tensors(manifest: Manifest) -> frozenset[str]:
     return frozenset(name for head in scored for name in (head.output, *head.without.values()))
 
 
-def time_batch(engine: Engine, batch: Tensors, repeats: int = 20, budget_s: float = 0.3) -> BatchLatency:
-    """Time up to ``repeats`` calls, at least three, for about ``budget_s``, after one that is not counted."""
-    engine.infer(batch)
+def time_batch(
+    engine: Engine, batch: Tensors, repeats: int = 20, budget_s: float = 0.3, *, beside: Sequence[Engine] = ()
+) -> BatchLatency:
+    """Time up to ``repeats`` calls, at least three, for about ``budget_s``, after one that is not counted.
+
+    The engines ``beside`` it run the same batch all the while, each on a thread of its own.
+    """
     times: list[float] = []
-    while len(times) < 3 or (len(times) < repeats and sum(times) < budget_s):
-        begin = time.perf_counter()
+    with _kept_busy(beside, batch):
         engine.infer(batch)
-        times.append(time.perf_counter() - begin)
+        while len(times) < 3 or (len(times) < repeats and sum(times) < budget_s):
+            begin = time.perf_counter()
+            engine.infer(batch)
+            times.append(time.perf_counter() - begin)
     p50, p95 = np.percentile(times, [50, 95])
     return BatchLatency(batch=_batch_of(batch), p50_ms=round(1e3 * float(p50), 4), p95_ms=round(1e3 * float(p95), 4))
+
+
+@contextmanager
+def _kept_busy(engines: Sequence[Engine], batch: Tensors) -> Iterator[None]:
+    """Engines run a batch over and over; what one of them raises is raised at the end."""
+    if not engines:
+        yield
+        return
+    done = threading.Event()
+    started = threading.Barrier(len(engines) + 1)
+
+    def run(engine: Engine) -> None:
+        started.wait()
+        while not done.is_set():
+            engine.infer(batch)
+
+    with ThreadPoolExecutor(len(engines)) as pool:
+        running = [pool.submit(run, engine) for engine in engines]
+        try:
+            started.wait()
+            yield
+        finally:
+            done.set()
+    for one in running:
+        one.result()
 
 
 def repeat_to(batch: Tensors, size: int) -> dict[str, Array]:

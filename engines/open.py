@@ -67,6 +67,7 @@ def open_pack(
     backend: str = "auto",
     precision: str = "fp32",
     threads: int = 1,
+    engines: int = 1,
     device: str = "cpu",
     require_parity: bool = True,
     cache: Path | None = None,
@@ -76,7 +77,8 @@ def open_pack(
 
     Call it once for each engine thread: engines have one owner. ``auto`` takes for each graph what is
     fastest in this precision or a more exact one, measured once on this machine and remembered under
-    ``cache`` (by default the user's cache folder). ``keep_compiled`` keeps compiled engines there too, as
+    ``cache`` (by default the user's cache folder); ``engines`` says how many such packs will run at once, which
+    decides that too. ``keep_compiled`` keeps compiled engines there too, as
     is always done for TensorRT, which compiles for seconds. Engines without passing parity are refused
     unless ``require_parity`` is off.
 
@@ -88,7 +90,7 @@ def open_pack(
     report = read_parity(folder) if require_parity else None
     cache = cache or user_cache()
     compiled = cache / ENGINES_FOLDER if cache is not None and (keep_compiled or device != "cpu") else None
-    options = EngineOptions(precision=precision, threads=threads, device=device, cache_dir=compiled)
+    options = EngineOptions(precision, threads, device, compiled, engines)
     if backend == "auto":
         choice = fastest(folder, manifest, report, options, require_parity=require_parity, cache=cache)
     else:
@@ -96,8 +98,8 @@ def open_pack(
         if require_parity:
             backends.adapter(backend)
             check_parity(report, manifest, backend, precision)
-    engines = _load_chosen(folder, manifest, choice, options)
-    split = {name: in_parts(engine, manifest.graph(name), device) for name, engine in engines.items()}
+    loaded = _load_chosen(folder, manifest, choice, options)
+    split = {name: in_parts(engine, manifest.graph(name), device) for name, engine in loaded.items()}
     chosen, precisions = ("+".join(sorted(set(names))) for names in zip(*choice.values(), strict=True))
     return LoadedPack(folder, manifest, manifest.sha256(), chosen, precisions, MappingProxyType(split))
 

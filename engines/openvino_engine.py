@@ -18,6 +18,7 @@ from engines.checks import PortShape, check_inputs, check_interface, check_outpu
 from engines.errors import BackendUnavailable, GraphLoadError, InferenceError
 from engines.machine import machine_id
 from engines.manifest import GraphSpec, TensorSpec
+from engines.split import SplitEngine, best_part
 from engines.types import Array, EngineSpec, Tensors
 
 _log = logging.getLogger(__name__)
@@ -58,26 +59,24 @@ def _core() -> Any:
     return _ov.Core()
 
 
-def load(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> OpenVinoEngine:
-    """Compile a graph of a pack.
+def load(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> OpenVinoEngine | SplitEngine:
+    """Compile a graph of a pack; one that is best run item by item is compiled for batches of one.
 
     Raises ``BackendUnavailable`` when device or precision are not there, ``GraphLoadError`` when the file is
     refused, ``ManifestError`` when the graph is not what the manifest says.
     """
     _check_options(pack, graph.name, options)
     try:
-        compiled = _compiled(path, graph, options)
-        inputs, outputs = _ports(compiled.inputs, graph.inputs), _ports(compiled.outputs, graph.outputs)
+        compiled = _compiled(path, pack, graph, options)
         request = compiled.create_infer_request()
     except RuntimeError as error:
         raise GraphLoadError(
             f"pack {pack}: openvino {version()} cannot load graph {graph.name} ({path.name}): {_cause(error)}; "
             "export the pack again, or choose backend onnxruntime"
         ) from error
-    check_interface(pack, graph.name, graph.inputs, inputs, "input")
-    check_interface(pack, graph.name, graph.outputs, outputs, "output")
     spec = EngineSpec(pack, graph.name, "openvino", "cpu", options.precision, graph.inputs, graph.outputs)
-    return OpenVinoEngine(request, spec)
+    engine = OpenVinoEngine(request, spec)
+    return SplitEngine(engine, 1) if _one_by_one(graph) else engine
 
 
 def _check_options(pack: str, graph: str, options: EngineOptions) -> None:
@@ -111,22 +110,38 @@ def _key(graph: GraphSpec, options: EngineOptions) -> CacheKey:
         version=str(_ov.__version__),
         device=machine_id(),
         precision=f"{options.precision}x{options.threads}",
-        shapes="dynamic",
+        shapes="batch 1" if _one_by_one(graph) else "dynamic",
     )
 
 
-def _compiled(path: Path, graph: GraphSpec, options: EngineOptions) -> Any:
+def _one_by_one(graph: GraphSpec) -> bool:
+    """Whether a fixed batch of one serves: nothing larger would be run at once, and fixed shapes are faster."""
+    return best_part(graph) == 1
+
+
+def _compile(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Any:
+    model = _core().read_model(str(path))
+    _check_ports(pack, graph, model, fixed=False)
+    if _one_by_one(graph):
+        # Other free sizes, where there are any, stay free.
+        model.reshape({port: [1, *list(port.partial_shape)[1:]] for port in model.inputs})
+    return _core().compile_model(model, "CPU", _properties(options))
+
+
+def _compiled(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Any:
     """A compiled model, from the cache where there is one."""
     properties = _properties(options)
     if options.cache_dir is None:
-        return _core().compile_model(str(path), "CPU", properties)
+        return _compile(path, pack, graph, options)
     cached, key = ArtifactCache(options.cache_dir), _key(graph, options)
     if (blob := cached.get(key)) is not None:
         try:
-            return _core().import_model(blob, "CPU", properties)
+            compiled = _core().import_model(blob, "CPU", properties)
+            _check_ports(pack, graph, compiled, fixed=_one_by_one(graph))
+            return compiled
         except RuntimeError as error:
             _log.warning("cached engine of graph %s is refused (%s); compiling it again", graph.name, _cause(error))
-    compiled = _core().compile_model(str(path), "CPU", properties)
+    compiled = _compile(path, pack, graph, options)
     try:
         cached.put(key, compiled.export_model().getvalue())
     except OSError as error:
@@ -143,6 +158,15 @@ def _properties(options: EngineOptions) -> dict[str, object]:
         # Pinning would put the engines of several threads onto the same core, and beside the decoders.
         "ENABLE_CPU_PINNING": False,
     }
+
+
+def _check_ports(pack: str, graph: GraphSpec, model: Any, *, fixed: bool) -> None:
+    """Raise ``ManifestError`` unless a model has the tensors of the manifest, but for a batch that was ``fixed``."""
+    for kind, wanted, ports in (("input", graph.inputs, model.inputs), ("output", graph.outputs, model.outputs)):
+        real = _ports(ports, wanted)
+        if fixed:
+            real = {name: (dtype, (None, *shape[1:])) for name, (dtype, shape) in real.items()}
+        check_interface(pack, graph.name, wanted, real, kind)
 
 
 def _ports(ports: Sequence[Any], wanted: Sequence[TensorSpec]) -> dict[str, PortShape]:

@@ -34,6 +34,8 @@ def best_part(graph: GraphSpec) -> int:
 
 def in_parts(engine: Engine, graph: GraphSpec, device: str) -> Engine:
     """The engine, splitting batches where that is faster (on a CPU) or needed (where an engine has a largest batch)."""
+    if isinstance(engine, SplitEngine):
+        return engine
     if device == "cpu":
         return SplitEngine(engine, best_part(graph))
     return SplitEngine(engine, graph.batch.largest) if engine.spec.backend == "tensorrt" else engine
@@ -61,11 +63,11 @@ class SplitEngine:
 
     def infer(self, inputs: Tensors) -> dict[str, Array]:
         """See ``Engine``."""
-        # Before anything is cut: parts could hide that two tensors differ in their batch.
-        check_inputs(self.spec, inputs)
-        batch = len(next(iter(inputs.values())))
+        batch = max((array.shape[0] for array in inputs.values() if array.ndim), default=0)
         if batch <= self._part:
             return self._engine.infer(inputs)
+        # Before anything is cut: parts could hide that two tensors differ in their batch.
+        check_inputs(self.spec, inputs)
         parts = [
             self._engine.infer({name: array[first : first + self._part] for name, array in inputs.items()})
             for first in range(0, batch, self._part)

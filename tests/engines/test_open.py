@@ -192,6 +192,8 @@ def test_auto_measures_once_and_remembers(tiny: Path, tmp_path: Path, monkeypatc
     assert open_pack(tiny, cache=tmp_path).backend == "openvino"
     assert len(measured) == 2
     assert open_pack(tiny, cache=tmp_path, threads=2).backend == "onnxruntime"
+    assert open_pack(tiny, cache=tmp_path, engines=2).backend == "onnxruntime"
+    assert len(measured) == 6
     for remembered in (tmp_path / "auto").iterdir():
         remembered.write_text("{")
     assert open_pack(tiny, cache=tmp_path).backend == "onnxruntime"
@@ -204,6 +206,8 @@ def test_auto_takes_what_can_be_measured(tiny: Path, tmp_path: Path) -> None:
     found = auto._measure_apart(tiny, manifest, ("onnxruntime", "fp32"), names, backends.EngineOptions())
     assert list(found) == names
     assert all(0 < ms < 1000 for times in found.values() for ms in times.values())
+    beside = auto._measure_apart(tiny, manifest, ("onnxruntime", "fp32"), names, backends.EngineOptions(engines=2))
+    assert list(beside) == names
     with pytest.raises(GraphLoadError, match="backend tvm cannot be measured in fp32: no backend 'tvm'"):
         auto._measure_apart(tiny, manifest, ("tvm", "fp32"), names, backends.EngineOptions())
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engines.backends import EngineOptions
 from engines.errors import InferenceError
 from engines.fake import FakeEngine
 from engines.manifest import Manifest, TensorSpec, read_manifest
 from engines.measure import random_batch
-from engines.split import PART_BYTES, SplitEngine, best_part
+from engines.split import PART_BYTES, SplitEngine, best_part, in_parts
 from engines.tinypack import REFERENCES
 from engines.types import Array, Tensors
 
@@ -66,3 +67,33 @@ def test_the_best_part_follows_the_size_of_an_item(manifest: Manifest) -> None:
     assert part("batch", 1, 240, 320, 3) == 1
     assert part("batch", 16, 1080, 1920, 3) == 1
     assert part("batch") == PART_BYTES
+
+
+def test_an_engine_that_splits_already_is_not_split_again(manifest: Manifest) -> None:
+    graph = manifest.graph("watch_window")
+    split = SplitEngine(FakeEngine("tiny", graph), 1)
+    assert in_parts(split, graph, "cpu") is split
+
+
+def test_missing_tensors_are_refused(manifest: Manifest) -> None:
+    engine = SplitEngine(FakeEngine("tiny", manifest.graph("watch_window")), 2)
+    with pytest.raises(InferenceError, match="needs inputs"):
+        engine.infer({})
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_openvino_runs_graphs_of_large_items_one_by_one(
+    tiny: Path, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    openvino = pytest.importorskip("engines.openvino_engine")
+    monkeypatch.setattr("engines.split.PART_BYTES", 1)
+    graph = manifest.graph("watch_window")
+    options = EngineOptions(cache_dir=tmp_path / "kept" if kept else None)
+    inputs = random_batch(graph, 3)
+    for _ in range(2):  # compiled, then from the cache
+        engine = openvino.load(tiny / graph.file, "tiny", graph, options)
+        assert isinstance(engine, SplitEngine)
+        for name, want in REFERENCES["watch_window"](inputs).items():
+            np.testing.assert_allclose(engine.infer(inputs)[name], want, atol=1e-4)
+        with pytest.raises(InferenceError, match=r"must be float32\[3, 32000"):
+            engine.infer({**inputs, "audio": inputs["audio"][:, :-1]})
