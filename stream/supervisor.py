@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 STOP_S = 6.0
 """How long a source that was told to stop is waited for: its longest uninterruptible step, and a little."""
+REFUSED_S = 30.0
+"""Wait before a camera that was live is tried again after a failure that somebody may have to mend: accounts are locked
+after a few wrong passwords."""
 SCHEDULE_S = 1.0
 """How often a schedule is looked at."""
 STABLE_S = 10.0
@@ -75,7 +78,8 @@ class Supervisor:
 
     ``open_source(first_epoch)`` makes a fresh source whose first epoch has that number.
     ``on_change(source_id, status, previous)`` is told of each change of state. ``scheduled`` says whether the source
-    is watched now (``None``: always); while it is not, there is no connection.
+    is watched now (``None``: always); while it is not, there is no connection. One that is ``persistent`` and was
+    live once is tried again whatever is wrong.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class Supervisor:
         on_change: Callable[[str, SourceStatus, SourceState], None],
         rng: random.Random | None = None,
         scheduled: Callable[[], bool] | None = None,
+        persistent: bool = False,
     ) -> None:
         self.source_id = source_id
         self.status = SourceStatus(since_ns=clock.monotonic_ns())
@@ -100,6 +105,7 @@ class Supervisor:
         self._on_change = on_change
         self._rng = rng or random.Random()
         self._scheduled = scheduled
+        self._persistent = persistent
         self._stop = threading.Event()
         self._end_attempt = threading.Event()
         self._stopping = asyncio.Event()
@@ -148,17 +154,23 @@ class Supervisor:
                 was_live = self.status.state is SourceState.LIVE
                 counts = self.status.reconnects if was_live else self.status.failed_attempts
                 counts[error.reason] = counts.get(error.reason, 0) + 1
-                if not error.retryable or (self._retry.give_up and self._next_epoch == 0):
+                if self._hopeless(error):
                     self.status.error = error
                     self._set(SourceState.FAILED, str(error))
                     return
-                wait_s = backoff_s(self._retry, failures, self._rng.random())
+                wait_s = backoff_s(self._retry, failures, self._rng.random()) if error.retryable else REFUSED_S
                 self.status.retry_ns = self._clock.monotonic_ns() + int(wait_s * NS_PER_S)
                 self._set(SourceState.BACKING_OFF, str(error))
                 await self._sleep(wait_s)
             self._set(SourceState.ENDED)
         finally:
             self._channel.close()
+
+    def _hopeless(self, error: SourceError) -> bool:
+        """Whether trying again cannot help, or nobody wants it. A camera that was live once can be live again."""
+        if self._next_epoch == 0:
+            return self._retry.give_up or not error.retryable
+        return not error.retryable and not self._persistent
 
     def _on(self) -> bool:
         return self._scheduled is None or self._scheduled()

@@ -45,6 +45,7 @@ class Harness:
         *scripts: Callable[[Emit, StopFlag, int], None],
         retry: RetrySettings = RETRY,
         scheduled: Callable[[], bool] | None = None,
+        persistent: bool = False,
     ) -> None:
         self.scripts = list(scripts)
         self.opened: list[int] = []
@@ -52,7 +53,15 @@ class Harness:
         self.changed = asyncio.Event()
         self.channel: Channel[MediaItem] = Channel(Hop(), 64, Policy.BLOCK, lambda item: False)
         self.supervisor = Supervisor(
-            "cam", self._open, self.channel, retry, SystemClock(), self._changed, random.Random(0), scheduled
+            "cam",
+            self._open,
+            self.channel,
+            retry,
+            SystemClock(),
+            self._changed,
+            random.Random(0),
+            scheduled,
+            persistent,
         )
 
     def _open(self, first_epoch: int) -> Scripted:
@@ -209,3 +218,25 @@ async def test_a_schedule_ends_the_connection_and_begins_it_again(monkeypatch: p
     assert harness.opened == [0, 1]
     assert [item.reason for item in items if isinstance(item, EpochEnd)] == ["paused"]
     assert harness.supervisor.status.reconnects == {} and harness.states[-1] is SourceState.ENDED
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+async def test_a_camera_that_was_live_is_tried_again_whatever_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, persistent: bool
+) -> None:
+    monkeypatch.setattr("stream.supervisor.REFUSED_S", 0.01)
+
+    def breaks(emit: Emit, stop: StopFlag, epoch: int) -> None:
+        emit(start(epoch))
+        raise lost()
+
+    def refused(emit: Emit, stop: StopFlag, epoch: int) -> None:
+        raise lost("credentials", retryable=False)
+
+    def ends(emit: Emit, stop: StopFlag, epoch: int) -> None:
+        return
+
+    harness = Harness(breaks, refused, ends, persistent=persistent)
+    await harness.run()
+    assert harness.supervisor.status.state is (SourceState.ENDED if persistent else SourceState.FAILED)
+    assert harness.opened == ([0, 1, 1] if persistent else [0, 1])
