@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    IPvAnyNetwork,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as PydanticSettingsError
 
@@ -16,8 +25,12 @@ from engines.manifest import Precision
 from stream.errors import SettingsError
 from stream.schedule import Hours
 
-SCHEMES = ("rtsp", "rtsps", "file", "synthetic", "replay")
+NETWORK_SCHEMES = ("rtsp", "rtsps", "rtmp", "rtmps", "srt", "http", "https", "udp")
+"""Schemes of addresses that name a host; ``udp`` names where to listen."""
+SCHEMES = (*NETWORK_SCHEMES, "v4l2", "file", "synthetic", "replay")
 """Kinds of source this version opens."""
+API_SCHEMES = ("rtsp", "rtsps", "rtmp", "rtmps", "srt", "http", "https", "synthetic")
+"""Those that a source may have that comes through the API: nothing that is on this machine."""
 
 SourceId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
@@ -28,6 +41,31 @@ class Transport(StrEnum):
 
     TCP = "tcp"
     UDP = "udp"
+    AUTO = "auto"
+    """The one that worked last; TCP at first, and when one cannot be set up or stays silent, the other."""
+
+
+class Decode(StrEnum):
+    """What decodes video."""
+
+    AUTO = "auto"
+    """Hardware where there is some that can, else software."""
+    SOFTWARE = "software"
+    CUDA = "cuda"
+    """NVIDIA, by FFmpeg."""
+    VAAPI = "vaapi"
+    """Intel and AMD on Linux, by FFmpeg."""
+    NVDEC = "nvdec"
+    """NVIDIA, by PyNvVideoCodec."""
+
+
+class Scaling(StrEnum):
+    """How pictures are scaled to the size that a pack takes."""
+
+    FAST = "fast"
+    """Bilinear at the least cost; fine detail may shimmer."""
+    AREA = "area"
+    """Mean of the pixels that one pixel stands for: smoother, and slower."""
 
 
 class Pace(StrEnum):
@@ -63,10 +101,16 @@ class SourceSettings(_Section):
     audio: bool = True
     """Whether to decode audio."""
     open_timeout_s: Seconds = 5.0
+    decode: Decode = Decode.SOFTWARE
+    skip_frames: bool = True
+    """Whether to leave undecoded what no pack needs: all but key frames, or what no other frame refers to."""
+    scaling: Scaling = Scaling.FAST
     read_timeout_s: Seconds = 1.0
     """How long a read may wait before the stop flag is looked at again."""
     stall_timeout_s: Seconds = 5.0
     """A live source that delivers nothing for this long is lost."""
+    verify_tls: bool = True
+    """Whether a server over TLS must have a certificate that this machine trusts; cameras often sign their own."""
     hop_s: Annotated[float, Field(gt=0, le=120)] | None = None
     """Hop of the main (first) branch of every pack that watches it, instead of the pack's."""
     roi: tuple[Region, ...] = ()
@@ -88,9 +132,15 @@ class SourceSettings(_Section):
         scheme = source_scheme(url.get_secret_value())
         if scheme not in SCHEMES:
             raise ValueError(f"scheme {scheme!r} is not supported; use one of {', '.join(SCHEMES)} or a file path")
-        if scheme in ("rtsp", "rtsps") and has_loose_password(url.get_secret_value()):
+        if scheme in NETWORK_SCHEMES and has_loose_password(url.get_secret_value()):
             raise ValueError("the password must be percent-encoded (/ is %2F, # is %23, ? is %3F, @ is %40)")
         return url
+
+    @model_validator(mode="after")
+    def _scheme_for_its_origin(self) -> Self:
+        if not self.trusted and self.scheme not in API_SCHEMES:
+            raise ValueError(f"scheme {self.scheme!r} is for the configuration file only, not for the API")
+        return self
 
     @model_validator(mode="after")
     def _may_be_recorded(self) -> Self:
@@ -106,7 +156,7 @@ class SourceSettings(_Section):
 
     @property
     def scheme(self) -> str:
-        """rtsp, rtsps, file, synthetic or replay."""
+        """One of ``SCHEMES``."""
         return source_scheme(self.url.get_secret_value())
 
     @property
@@ -136,6 +186,14 @@ def has_loose_password(url: str) -> bool:
     rest = url.partition("://")[2]
     user_info = rest.rpartition("@")[0]
     return any(char in user_info for char in "/?#")
+
+
+class ApiSettings(_Section):
+    """What sources may do that come through the API."""
+
+    networks: tuple[IPvAnyNetwork, ...] | None = None
+    """The only networks they may reach; when not given, all but this machine, its links, multicast and metadata
+    services. A network opens one of those only if it names it closely: 127.0.0.0/8 does, 0.0.0.0/0 does not."""
 
 
 class PackSettings(_Section):
@@ -219,7 +277,7 @@ class RetrySettings(_Section):
 
     first_s: Seconds = 0.25
     """Wait after the first failure; it doubles with each further one."""
-    max_s: Seconds = 2.0
+    max_s: Seconds = 1.0
     """Longest wait."""
     give_up: bool = False
     """Fail a source that cannot be reached at the first try, instead of trying on."""
@@ -258,6 +316,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     redis: RedisSettings = RedisSettings()
     http: HttpSettings = HttpSettings()
+    api: ApiSettings = ApiSettings()
     events: EventSettings = EventSettings()
     windows: WindowSettings = WindowSettings()
     spool: SpoolSettings = SpoolSettings()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import ssl
 from enum import StrEnum
 from urllib.parse import urlsplit
 
@@ -29,7 +30,13 @@ class Failure(StrEnum):
     """A live stream was ended by the other side."""
     CONNECTION_LOST = "connection_lost"
     NOT_MEDIA = "not_media"
-    NOT_RTSP = "not_rtsp"
+    NOT_UNDERSTOOD = "not_understood"
+    """Something answers, but in no language that the address's scheme promises."""
+    FORBIDDEN = "forbidden"
+    """The address lies in a network that the source may not reach."""
+    CERTIFICATE = "certificate"
+    NO_PROTOCOL = "no_protocol"
+    """This machine's media libraries do not speak the protocol."""
     EMPTY = "empty"
     NO_STREAM = "no_stream"
     """Neither video nor audio that can be decoded and that some pack looks at."""
@@ -48,17 +55,23 @@ _REMEDY: dict[Failure, tuple[str, bool]] = {
     Failure.UNREACHABLE: ("network unreachable; check the route to the camera", True),
     Failure.CREDENTIALS: ("wrong user or password, or no permission; correct them in the address", False),
     Failure.NOT_FOUND: ("the server has no such stream; check the path in the address", True),
-    Failure.TIMEOUT: ("no answer in time; check that it is an RTSP port, or raise open_timeout_s", True),
+    Failure.TIMEOUT: ("no answer in time; check the port and the scheme of the address, or raise open_timeout_s", True),
     Failure.STALLED: ("no media any more; check the camera and the network, or raise stall_timeout_s", True),
     Failure.ENDED: ("the stream was ended by the server", True),
     Failure.CONNECTION_LOST: ("connection lost; check the camera and the network", True),
     Failure.NOT_MEDIA: ("not a video or audio file; check the address", False),
-    Failure.NOT_RTSP: ("the answer is not understood; check that the port is an RTSP server's", True),
+    Failure.NOT_UNDERSTOOD: ("the answer is not understood; check the port, and the scheme of the address", True),
+    Failure.FORBIDDEN: ("the address may not be reached by sources that come through the API", True),
+    Failure.CERTIFICATE: (
+        "the server's certificate cannot be verified; for a camera that signs its own, set verify_tls: false",
+        False,
+    ),
+    Failure.NO_PROTOCOL: ("the protocol is not supported by the installed media libraries", False),
     Failure.EMPTY: ("holds no media (it is empty); check that it was written completely", False),
     Failure.NO_STREAM: ("no video or audio that can be decoded and that a pack uses; check the stream's codecs", False),
     Failure.CORRUPT: ("too much damaged data in a row; check the recording or the network", True),
     Failure.BAD_URL: (
-        "the address cannot be understood; expected rtsp://[user:password@]host[:port]/path",
+        "the address cannot be understood; expected scheme://[user:password@]host[:port]/path",
         False,
     ),
     Failure.SERVER: ("the server failed; look into the camera's log", True),
@@ -84,6 +97,15 @@ _BY_TYPE: tuple[tuple[type[av.error.FFmpegError], Failure], ...] = (
     (av.error.FileNotFoundError, Failure.UNREADABLE),
     (av.error.PermissionError, Failure.UNREADABLE),
     (av.error.IsADirectoryError, Failure.UNREADABLE),
+)
+
+_BY_OS_ERROR: tuple[tuple[type[OSError], Failure], ...] = (
+    (socket.gaierror, Failure.NO_SUCH_HOST),
+    (ssl.SSLCertVerificationError, Failure.CERTIFICATE),
+    (ssl.SSLError, Failure.NOT_UNDERSTOOD),
+    (ConnectionRefusedError, Failure.REFUSED),
+    (ConnectionError, Failure.CONNECTION_LOST),
+    (TimeoutError, Failure.TIMEOUT),
 )
 
 
@@ -126,12 +148,26 @@ def _classify(url: str, error: av.error.FFmpegError) -> Failure:
     is_file = source_scheme(url) == "file"
     for kind, reason in _BY_TYPE:
         if isinstance(error, kind):
-            return Failure.NOT_RTSP if reason is Failure.NOT_MEDIA and not is_file else reason
+            return Failure.NOT_UNDERSTOOD if reason is Failure.NOT_MEDIA and not is_file else reason
     if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
         return Failure.UNREACHABLE
     if not is_file and not _resolves(url):
         # FFmpeg says just "input/output error" then.
         return Failure.NO_SUCH_HOST
+    return Failure.IO
+
+
+def map_os_error(source_id: str, url: str, error: OSError) -> SourceError:
+    """The ``SourceError`` for what a socket of ours reported about ``url``."""
+    return failure(source_id, url, _classify_os_error(error))
+
+
+def _classify_os_error(error: OSError) -> Failure:
+    for kind, reason in _BY_OS_ERROR:
+        if isinstance(error, kind):
+            return reason
+    if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+        return Failure.UNREACHABLE
     return Failure.IO
 
 

@@ -29,7 +29,7 @@ def made(kind: type[av.error.FFmpegError], code: int = 5) -> av.error.FFmpegErro
         (av.error.ConnectionResetError, Failure.CONNECTION_LOST, True),
         (av.error.TimeoutError, Failure.TIMEOUT, True),
         (av.error.ExitError, Failure.TIMEOUT, True),
-        (av.error.InvalidDataError, Failure.NOT_RTSP, True),
+        (av.error.InvalidDataError, Failure.NOT_UNDERSTOOD, True),
         (av.error.EOFError, Failure.ENDED, True),
         (av.error.OSError, Failure.NO_SUCH_HOST, True),
         (av.error.UnknownError, Failure.NO_SUCH_HOST, True),
