@@ -15,7 +15,7 @@ from stream.errors import SourceError
 from stream.event_format import Timing, source_event
 from stream.events import EventTracker
 from stream.inference import FeatureStore
-from stream.ingest.open import CountingSource, open_source
+from stream.ingest.open import CountingSource, open_recorder, open_source
 from stream.metrics import Metrics, SourceView
 from stream.packs import ServedPack, audio_rate, runners, video_inputs, watches
 from stream.schedule import is_on
@@ -27,6 +27,8 @@ from stream.types import ClipWindow, EpochEnd, EpochStart, Event, Prediction
 
 log = logging.getLogger(__name__)
 
+RECORDED_S = 5.0
+"""How long the end waits for a recording to be completed."""
 SLOT_DEPTH = 2
 """Windows of one live source and branch that may wait for an engine."""
 RETRY_TOLD_NS = 60 * NS_PER_S
@@ -100,7 +102,13 @@ class Service:
                     watcher.cancel()
         finally:
             await self._pool.aclose()
+        await asyncio.to_thread(self._complete_recordings)
         return self.sources.errors
+
+    def _complete_recordings(self) -> None:
+        for source in self.sources.values():
+            if source.recorder is not None:
+                source.recorder.join(RECORDED_S)
 
     def _warm_up(self) -> None:
         for thread in self._runners:
@@ -134,8 +142,11 @@ class Service:
             self._end_epoch,
         )
 
+        recorder = open_recorder(settings, self._clock)
+        tap = {} if recorder is None else {"tap": recorder}
+
         def connect(first_epoch: int) -> CountingSource:
-            return self._open_source(settings, inputs, rate, self._clock, first_epoch=first_epoch)
+            return self._open_source(settings, inputs, rate, self._clock, first_epoch=first_epoch, **tap)
 
         supervisor = Supervisor(
             settings.id,
@@ -146,9 +157,11 @@ class Service:
             self._source_changed,
             scheduled=(lambda: is_on(settings.schedule, self._clock.wall_ns())) if settings.schedule else None,
         )
-        return RunningSource(pipeline, supervisor)
+        return RunningSource(pipeline, supervisor, recorder=recorder)
 
     def _source_ended(self, source: RunningSource) -> None:
+        if source.recorder is not None:
+            source.recorder.close()
         self._store.forget(source.settings.id)
 
     def _forget_source(self, source: RunningSource) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from stream.clock import NS_PER_S
 from stream.errors import SettingsError, SightwireError, SourceError
+from stream.ingest.recorder import Recorder
 from stream.settings import SourceSettings
 from stream.source_pipeline import SourcePipeline
 from stream.supervisor import SourceState, Supervisor
@@ -44,6 +45,8 @@ class RunningSource:
     supervisor: Supervisor
     incident: str | None = None
     """Names the stretch in which it is live, for its events; ``None`` while it is not."""
+    recorder: Recorder | None = None
+    """Records it meanwhile."""
 
     @property
     def settings(self) -> SourceSettings:

@@ -106,8 +106,8 @@ def sources_router(sources: Sources, clock: Clock, check: Callable[[SourceSettin
             before = sources.known(source_id).settings
             if fields.get("id", source_id) != source_id:
                 raise HTTPException(422, "id: a source keeps its name; add another and remove this one")
-            # A source of the operator's may keep its address; one that the API gives is not trusted.
-            trusted = before.trusted and "url" not in fields
+            # A source of the operator's may keep its address and files; those that the API gives are not trusted.
+            trusted = before.trusted and not {"url", "record"} & fields.keys()
             kept = {name: getattr(before, name) for name in before.model_fields_set - {"trusted"}}
             settings = _settings({**kept, **fields}, trusted=trusted)
             await asyncio.to_thread(check, settings)

@@ -8,6 +8,7 @@ from typing import Protocol
 from engines.manifest import VideoInput
 from stream.clock import Clock
 from stream.ingest.file import FileSource
+from stream.ingest.recorder import Recorder
 from stream.ingest.replay import ReplaySource
 from stream.ingest.rtsp import RtspSource
 from stream.ingest.stats import DecodeStats
@@ -16,6 +17,9 @@ from stream.ingest.tap import Tap
 from stream.regions import Blackout
 from stream.settings import SourceSettings
 from stream.types import Emit, Frame, MediaItem, Source, StopFlag
+
+REPLAYED_SETTINGS = {"audio", "hop_s", "packs", "roi"}
+"""Settings that decide what a source's windows hold: a recording keeps them, and a replay takes them over."""
 
 
 class CountingSource(Source, Protocol):
@@ -43,6 +47,14 @@ def open_source(
     source = _open(settings, inputs, audio_rate, clock, first_epoch, tap)
     blackout = Blackout(settings.privacy, settings.roi)
     return Blackened(source, blackout) if blackout else source
+
+
+def open_recorder(settings: SourceSettings, clock: Clock) -> Recorder | None:
+    """What records the source, if its settings say so. Raises ``SettingsError``."""
+    if settings.record is None:
+        return None
+    kept = settings.model_dump(mode="json", include=REPLAYED_SETTINGS, exclude_defaults=True)
+    return Recorder(settings.id, settings.record, settings.record_max_mb << 20, clock, kept)
 
 
 def _open(
