@@ -1,23 +1,27 @@
-"""Engine threads: each owns a copy of the graphs and takes the next batch the moment it is free."""
+"""Engine threads: each owns a copy of the graphs and takes the next batch the moment it is free.
+
+Which generation of a pack computes a batch is settled when the batch is taken, under the same lock: so a pack can be
+replaced between two windows of every source, none lost and none computed twice for publication.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from engines.errors import EngineError
 from stream.batching import Batch, Batcher
 from stream.clock import Clock
-from stream.inference import PackRunner
+from stream.event_format import PackInfo
+from stream.packs import Generation
 from stream.types import ClipWindow, Prediction
 
 RESULTS_PER_THREAD = 2
 """Batches of each engine thread that may wait to be taken in."""
-
-Runners = Mapping[str, PackRunner]
-"""One engine thread's packs by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,8 @@ class BatchResult:
 
     batch: Batch
     """The windows."""
+    pack: PackInfo
+    """What computed it."""
     predictions: list[list[Prediction]] | None
     """Per window its predictions; ``None`` when the batch failed."""
     error: EngineError | None
@@ -36,29 +42,81 @@ class BatchResult:
     """When it was done (monotonic)."""
 
 
+@dataclass(slots=True)
+class PackLoad:
+    """Work of one pack since the pool began."""
+
+    offered: int = 0
+    """Windows of live sources that were to be computed."""
+    computed: int = 0
+    """Windows computed."""
+    busy_ns: int = 0
+    """Time that engine threads spent on them."""
+
+    def since(self, before: PackLoad) -> PackLoad:
+        """What came after ``before``."""
+        return PackLoad(self.offered - before.offered, self.computed - before.computed, self.busy_ns - before.busy_ns)
+
+
+class Trial(Protocol):
+    """A generation that is tried on the batches of the one that serves."""
+
+    @property
+    def generation(self) -> Generation:
+        """What is tried."""
+        ...
+
+    def run(self, thread: int, result: BatchResult) -> None:
+        """Compute a batch again, on the engine thread of that number; the result has been handed over already.
+
+        The next windows of its sources wait for this, so that what it keeps of them stays in order. Never raises
+        ``EngineError``.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    batch: Batch
+    serving: Generation
+    trial: Trial | None
+
+    @property
+    def generations(self) -> list[Generation]:
+        return [self.serving] if self.trial is None else [self.serving, self.trial.generation]
+
+
 class EnginePool:
     """Runs batches on threads and hands the results to the event loop, in order for each source."""
 
     def __init__(
         self,
         batcher: Batcher,
-        runners: list[Runners],
+        serving: Iterable[Generation],
+        threads: int,
         on_result: Callable[[BatchResult], None],
         clock: Clock,
     ) -> None:
         self._batcher = batcher
-        self._runners = runners
+        self._serving = {generation.pack.name: generation for generation in serving}
+        self._trials: dict[str, Trial] = {}
+        self._in_use: Counter[Generation] = Counter()
+        self._loads: dict[str, PackLoad] = {name: PackLoad() for name in self._serving}
         self._on_result = on_result
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._work = threading.Condition()
+        lock = threading.Lock()
+        self._work = threading.Condition(lock)
+        """There may be something to compute."""
+        self._unused = threading.Condition(lock)
+        """A generation may have fallen idle."""
         # Results that nobody has taken in yet are bounded: while events cannot be handed over, engines rest, and
         # windows of live sources are dropped where drops are counted.
-        self._credits = threading.Semaphore(RESULTS_PER_THREAD * len(runners))
+        self._credits = threading.Semaphore(RESULTS_PER_THREAD * threads)
         self._closing = False
         self._threads = [
-            threading.Thread(target=self._serve, args=(runner,), name=f"engine-{number}", daemon=True)
-            for number, runner in enumerate(runners)
+            threading.Thread(target=self._serve, args=(number,), name=f"engine-{number}", daemon=True)
+            for number in range(threads)
         ]
         self._crash: asyncio.Future[None] = self._loop.create_future()
 
@@ -71,6 +129,7 @@ class EnginePool:
         """Queue a window; returns those that had to make way for it."""
         with self._work:
             dropped = self._batcher.offer(window, deadline_ns, live=live)
+            self._loads[window.key.pack].offered += live
             self._work.notify()
         return dropped
 
@@ -89,6 +148,48 @@ class EnginePool:
         with self._work:
             return len(self._batcher)
 
+    @property
+    def threads(self) -> int:
+        """Engine threads."""
+        return len(self._threads)
+
+    def loads(self) -> dict[str, PackLoad]:
+        """Work so far, by pack."""
+        with self._work:
+            return {name: replace(load) for name, load in self._loads.items()}
+
+    def withdraw(self, name: str) -> None:
+        """A pack does not serve, before the threads have been started."""
+        with self._work:
+            self._serving.pop(name).close()
+
+    def try_on(self, name: str, trial: Trial) -> None:
+        """From the next batch on, compute those of a pack by ``trial`` too, after what serves."""
+        with self._work:
+            self._trials[name] = trial
+
+    def end_trial(self, name: str) -> None:
+        """From the next batch on, compute those of a pack once again."""
+        with self._work:
+            self._trials.pop(name, None)
+
+    def cut_over(self, name: str, new: Generation) -> Generation:
+        """From the next batch on, ``new`` serves; gives what served until now, for ``retire``."""
+        with self._work:
+            self._trials.pop(name, None)
+            old, self._serving[name] = self._serving[name], new
+        return old
+
+    async def retire(self, generation: Generation) -> None:
+        """Free a generation that neither serves nor is tried, once no thread is in it."""
+        await asyncio.to_thread(self._close_unused, generation)
+
+    def _close_unused(self, generation: Generation) -> None:
+        with self._work:
+            self._unused.wait_for(lambda: not self._in_use[generation])
+            del self._in_use[generation]
+        generation.close()
+
     async def crashed(self) -> None:
         """Waits for ever, unless an engine thread dies of a bug: then raises what killed it."""
         await asyncio.shield(self._crash)
@@ -102,20 +203,19 @@ class EnginePool:
         self._credits.release(len(self._threads))
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
-        for runners in self._runners:
-            for runner in runners.values():
-                runner.close()
+        for generation in (*self._serving.values(), *(trial.generation for trial in self._trials.values())):
+            generation.close()
         self._crash.cancel()
 
-    def _serve(self, runners: Runners) -> None:
+    def _serve(self, number: int) -> None:
         try:
-            while (batch := self._next()) is not None:
-                result = self._run(runners, batch)
+            while (job := self._next()) is not None:
+                result = self._run(number, job)
                 self._loop.call_soon_threadsafe(self._on_result, result)
+                if job.trial is not None:
+                    job.trial.run(number, result)
                 # After the hand-over, so that the source's next result cannot overtake this one.
-                with self._work:
-                    self._batcher.done(batch)
-                    self._work.notify()
+                self._done(job, result)
         except Exception as bug:  # noqa: BLE001 - handed to the event loop, which ends the service with it
             self._loop.call_soon_threadsafe(self._report, bug)
 
@@ -123,7 +223,7 @@ class EnginePool:
         if not self._crash.done():
             self._crash.set_exception(bug)
 
-    def _next(self) -> Batch | None:
+    def _next(self) -> _Job | None:
         self._credits.acquire()
         with self._work:
             while (batch := self._batcher.take()) is None:
@@ -131,14 +231,28 @@ class EnginePool:
                     self._credits.release()
                     return None
                 self._work.wait()
-            return batch
+            pack, _ = batch.lane
+            job = _Job(batch, self._serving[pack], self._trials.get(pack))
+            self._in_use.update(job.generations)
+            return job
 
-    def _run(self, runners: Runners, batch: Batch) -> BatchResult:
-        pack, branch = batch.lane
+    def _run(self, number: int, job: _Job) -> BatchResult:
+        batch, serving = job.batch, job.serving
+        _, branch = batch.lane
         taken_ns = self._clock.monotonic_ns()
         predictions, error = None, None
         try:
-            predictions = runners[pack].run(branch, batch.windows)
+            predictions = serving.runners[number].run(branch, batch.windows)
         except EngineError as failure:
             error = failure
-        return BatchResult(batch, predictions, error, taken_ns, self._clock.monotonic_ns())
+        return BatchResult(batch, serving.pack.info, predictions, error, taken_ns, self._clock.monotonic_ns())
+
+    def _done(self, job: _Job, result: BatchResult) -> None:
+        with self._work:
+            self._batcher.done(job.batch)
+            self._in_use.subtract(job.generations)
+            load = self._loads[job.batch.lane[0]]
+            load.computed += len(job.batch.windows)
+            load.busy_ns += result.inferred_ns - result.taken_ns
+            self._work.notify()
+            self._unused.notify_all()

@@ -54,16 +54,17 @@ class _EpochState:
     start: EpochStart
     heads: dict[tuple[str, str, str], _HeadState] = field(default_factory=dict)
     scenes: dict[tuple[str, str, str], _SceneState] = field(default_factory=dict)
-    last_window: dict[tuple[str, str], ClipWindow] = field(default_factory=dict)
+    last: dict[tuple[str, str], tuple[ClipWindow, PackInfo]] = field(default_factory=dict)
+    """Newest window of each pack and branch, and what computed it."""
 
 
-def _has_evidence(window: ClipWindow, prediction: Prediction) -> bool:
+def has_evidence(window: ClipWindow, prediction: Prediction) -> bool:
     """Whether there was anything to look at (or, for scores, to listen to): what a network says of nothing is noise."""
     seen = window.missing_frames < len(window.sample_ns)
     return seen or (prediction.mask is None and window.audio is not None and window.audio_coverage > 0)
 
 
-class _HeadRules:
+class HeadRules:
     """A head's labels and thresholds as arrays, made once."""
 
     def __init__(self, head: Head) -> None:
@@ -75,48 +76,59 @@ class _HeadRules:
 
 
 class EventTracker:
-    """Turns the predictions of all sources into events. One per service; not thread-safe."""
+    """Turns the predictions of all sources into events. One per service; not thread-safe.
+
+    States go by the name that windows have their pack by, rules by what computed them: events go on when another
+    pack with the same heads takes over.
+    """
 
     def __init__(self, settings: EventSettings, packs: Sequence[tuple[Manifest, PackInfo]]) -> None:
         self._settings = settings
-        self._packs = {info.name: info for _, info in packs}
-        self._rules: dict[tuple[str, str, str], _HeadRules] = {}
+        self._rules: dict[tuple[PackInfo, str, str], HeadRules] = {}
         for manifest, info in packs:
-            for branch in manifest.branches:
-                for head in branch.heads:
-                    self._rules[info.name, branch.name, head.name] = _HeadRules(head)
+            self.add_pack(manifest, info)
         self._epochs: dict[str, _EpochState] = {}
+
+    def add_pack(self, manifest: Manifest, info: PackInfo) -> None:
+        """Windows may now be computed by this pack too."""
+        for branch in manifest.branches:
+            for head in branch.heads:
+                self._rules[info, branch.name, head.name] = HeadRules(head)
 
     def begin_epoch(self, start: EpochStart) -> None:
         """A source begins a stretch of media."""
         self._epochs[start.source_id] = _EpochState(start)
 
-    def update(self, window: ClipWindow, predictions: Sequence[Prediction], timing: Timing) -> list[Event]:
-        """Events that one window's predictions make. Windows of one source and branch come in order."""
+    def update(
+        self, window: ClipWindow, predictions: Sequence[Prediction], timing: Timing, pack: PackInfo
+    ) -> list[Event]:
+        """Events that one window's predictions by ``pack`` make. Windows of one source and branch come in order."""
         state = self._epochs.get(window.key.source_id)
         if state is None or state.start.epoch != window.key.epoch:
             return []
-        state.last_window[window.key.pack, window.key.branch] = window
+        state.last[window.key.pack, window.key.branch] = (window, pack)
         events: list[Event] = []
         for prediction in predictions:
-            if not _has_evidence(window, prediction):
+            if not has_evidence(window, prediction):
                 continue
             key = (window.key.pack, window.key.branch, prediction.head)
-            maker = EventMaker(state.start, self._packs[window.key.pack], self._rules[key].head, window, timing)
+            rules = self._rules[pack, window.key.branch, prediction.head]
+            maker = EventMaker(state.start, pack, rules.head, window, timing)
             if prediction.mask is not None:
                 events += self._segmentation(state, key, prediction, maker)
             elif prediction.scores is not None:
-                events += self._scored(state, key, prediction, maker)
+                head = state.heads.setdefault(key, _HeadState.fresh(len(prediction.scores)))
+                events += self._scored(head, rules, prediction, prediction.scores, maker)
         return events
 
     def _scored(
-        self, state: _EpochState, key: tuple[str, str, str], prediction: Prediction, maker: EventMaker
+        self,
+        head: _HeadState,
+        rules: HeadRules,
+        prediction: Prediction,
+        scores: NDArray[np.float32],
+        maker: EventMaker,
     ) -> list[Event]:
-        rules = self._rules[key]
-        scores = prediction.scores
-        if scores is None:
-            return []
-        head = state.heads.setdefault(key, _HeadState.fresh(len(scores)))
         alpha = np.float32(self._settings.smoothing)
         first = np.isnan(head.smooth)
         head.smooth = np.where(first, scores, alpha * scores + (1 - alpha) * head.smooth).astype(np.float32)
@@ -183,14 +195,16 @@ class EventTracker:
         timing = Timing(now_ns, now_ns, now_ns, now_wall_ns)
         events: list[Event] = []
         for key, head in state.heads.items():
-            window = state.last_window[key[0], key[1]]
-            maker = EventMaker(state.start, self._packs[key[0]], self._rules[key].head, window, timing)
+            maker = self._last_maker(state, key, timing)
             for label, running in head.running.items():
                 running.seq += 1
                 events.append(maker.scored("end", running, label, head.smooth, None, reason=reason))
         for key, scene in state.scenes.items():
-            window = state.last_window[key[0], key[1]]
-            maker = EventMaker(state.start, self._packs[key[0]], self._rules[key].head, window, timing)
+            maker = self._last_maker(state, key, timing)
             scene.running.seq += 1
             events.append(maker.scene("end", scene.running, scene.areas, scene.areas * 0, None, reason=reason))
         return events
+
+    def _last_maker(self, state: _EpochState, key: tuple[str, str, str], timing: Timing) -> EventMaker:
+        window, pack = state.last[key[0], key[1]]
+        return EventMaker(state.start, pack, self._rules[pack, key[1], key[2]].head, window, timing)

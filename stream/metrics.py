@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from stream.accounting import Ledger
 from stream.clock import NS_PER_S
+from stream.pack_metrics import PacksView, pack_metrics
 from stream.received import KINDS
 from stream.supervisor import SourceState, SourceStatus
 
@@ -62,6 +63,7 @@ class Views:
     publisher: Callable[[], PublisherView | None] = lambda: None
     queue_depth: Callable[[], Mapping[str, int]] = dict
     encoded: Callable[[], Mapping[str, int]] = dict
+    packs: Callable[[], PacksView] = PacksView
     group_lags: Mapping[tuple[str, str], int] = field(default_factory=dict)
     """Entries not yet given to each consumer group, by kind and group."""
     windows: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -100,18 +102,6 @@ class Metrics:
         self.inference_failures = Counter(
             "sightwire_inference_failures_total", "Failed batches", ["reason"], registry=registry
         )
-        self.engine_info = Gauge(
-            "sightwire_engine_info",
-            "Loaded engines",
-            ["pack", "graph", "backend", "precision", "device"],
-            registry=registry,
-        )
-        self.parity = Gauge(
-            "sightwire_parity_max_abs_error",
-            "Largest difference from PyTorch in the pack's parity report",
-            ["pack", "graph", "backend", "precision"],
-            registry=registry,
-        )
         self.loop_lag = Gauge(
             "sightwire_event_loop_lag_seconds", "How late the event loop ran its last timer", registry=registry
         )
@@ -131,6 +121,7 @@ class _ServiceCollector(Collector):
         yield from self._sources()
         yield from self._hops()
         yield from self._publisher()
+        yield from pack_metrics(self._views.packs())
         windows = CounterMetricFamily("sightwire_windows", "Windows by outcome", labels=["pack", "result"])
         for (pack, result), count in list(self._views.windows.items()):
             windows.add_metric([pack, result], count)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from engines.errors import EngineError
-from engines.manifest import NS_PER_S, Manifest, VideoInput
-from engines.open import LoadedPack, find_pack, open_pack
+from engines.errors import EngineError, GraphLoadError, PackNotFound
+from engines.manifest import MANIFEST_FILE, NS_PER_S, Branch, Manifest, VideoInput, read_manifest
+from engines.open import PACKS_FOLDER, LoadedPack, find_pack, open_pack
 from engines.parity import read_parity
 from stream.errors import SettingsError
 from stream.event_format import PackInfo
@@ -19,11 +20,17 @@ from stream.sampling import distinct_inputs
 from stream.settings import PackSettings, Settings, SourceSettings
 from stream.windows import Watch
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class ServedPack:
     """A pack as this service runs it."""
 
+    name: str
+    """What sources, windows and the API call it; it stays when another pack takes its place."""
+    wanted: PackSettings
+    """What it was loaded by."""
     manifest: Manifest
     """With the hop that the settings ask for."""
     info: PackInfo
@@ -34,37 +41,153 @@ class ServedPack:
     """Largest difference from PyTorch by graph, from the pack's report; empty without one."""
 
 
-def load_packs(settings: Settings, home: Path) -> tuple[ServedPack, ...]:
+@dataclass(frozen=True, slots=True)
+class FailedPack:
+    """A pack of the settings that this service cannot run."""
+
+    name: str
+    """What it would be called."""
+    cause: str
+    """One line: pack, graph and remedy."""
+
+    def tell(self) -> None:
+        """Say so in the log."""
+        log.error("pack %s does not run, the others go on without it: %s", self.name, self.cause)
+
+
+class Generation:
+    """A served pack at work: a runner for each engine thread, and the features and states of its own.
+
+    Two generations of one pack share nothing, so that what one engine computed never reaches another.
+    """
+
+    def __init__(self, pack: ServedPack) -> None:
+        self.pack = pack
+        self.store = FeatureStore()
+        self.runners = tuple(PackRunner(copy, self.store) for copy in pack.copies)
+
+    def warm_up(self, max_batch: int) -> None:
+        """Meet every lazy set-up before the first real window; blocks. Raises ``EngineError``."""
+        for runner in self.runners:
+            runner.warmup(max_batch)
+
+    def close(self) -> None:
+        """Free the engines; idempotent."""
+        for runner in self.runners:
+            runner.close()
+
+
+OnFailure = Callable[[FailedPack], None]
+
+
+def load_packs(settings: Settings, home: Path, on_failure: OnFailure | None = None) -> tuple[ServedPack, ...]:
     """Load every pack of the settings, once for each engine thread. Takes seconds; blocks.
 
-    Raises ``SettingsError`` with the cause and the remedy.
+    ``on_failure`` is told of each that cannot be loaded, and the others are loaded nevertheless. Raises
+    ``SettingsError`` with the cause and the remedy for a setting that does not fit, when no pack can be loaded, and
+    without ``on_failure`` when one cannot.
     """
-    packs = tuple(_load_pack(pack, settings.engine.threads, home) for pack in settings.packs)
-    names = [pack.info.name for pack in packs]
+    packs: list[ServedPack] = []
+    failures: list[FailedPack] = []
+    for wanted in settings.packs:
+        try:
+            packs.append(load_pack(wanted, settings.engine.threads, find_pack(wanted.name, home)))
+        except EngineError as error:
+            if on_failure is None:
+                raise SettingsError(str(error)) from error
+            failures.append(FailedPack(_name_of(wanted, home), str(error)))
+    names = [pack.name for pack in packs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SettingsError(f"pack {twice[0]} is given twice; packs of one service need different names")
-    return packs
+    if failures and not packs:
+        raise SettingsError(failures[0].cause)
+    if on_failure is not None:
+        for failure in failures:
+            on_failure(failure)
+    return tuple(packs)
 
 
-def _load_pack(wanted: PackSettings, threads: int, home: Path) -> ServedPack:
+def _name_of(wanted: PackSettings, home: Path) -> str:
+    """A name for a pack that cannot be loaded: its manifest's where that can be read."""
     try:
-        folder = find_pack(wanted.name, home)
-        copies = [
-            open_pack(
-                folder,
-                backend=wanted.backend,
-                precision=wanted.precision,
-                device=wanted.device,
-                require_parity=wanted.require_parity,
-            )
-            for _ in range(threads)
-        ]
-    except EngineError as error:
-        raise SettingsError(str(error)) from error
-    first = copies[0]
-    manifest = with_hop(first.manifest, wanted.hop_s)
-    info = PackInfo(manifest.name, manifest.version, first.sha256, first.backend, first.precision)
-    return ServedPack(manifest, info, tuple(copies), _parity(first))
+        return read_manifest(find_pack(wanted.name, home)).name
+    except EngineError:
+        return Path(wanted.name).name
+
+
+def load_pack(wanted: PackSettings, threads: int, folder: Path, name: str | None = None) -> ServedPack:
+    """Load one pack, once for each engine thread; blocks. ``name`` is what to call it, by default its own name.
+
+    Raises ``EngineError``, or ``SettingsError`` for a hop that does not fit.
+    """
+    copies: list[LoadedPack] = []
+    try:
+        for _ in range(threads):
+            copies.append(_open(wanted, folder))
+        first = copies[0]
+        manifest = with_hop(first.manifest, wanted.hop_s)
+        info = PackInfo(manifest.name, manifest.version, first.sha256, first.backend, first.precision)
+        return ServedPack(name or manifest.name, wanted, manifest, info, tuple(copies), _parity(first))
+    except BaseException:
+        for copy in copies:
+            copy.close()
+        raise
+
+
+def _open(wanted: PackSettings, folder: Path) -> LoadedPack:
+    try:
+        return open_pack(
+            folder,
+            backend=wanted.backend,
+            precision=wanted.precision,
+            device=wanted.device,
+            require_parity=wanted.require_parity,
+        )
+    except MemoryError as error:
+        raise GraphLoadError(
+            f"pack {wanted.name}: out of memory while it is loaded; give the service more, or fewer engine.threads"
+        ) from error
+
+
+def exported_pack(name: str, home: Path) -> Path:
+    """Folder of an exported pack by its name; a path is none. Raises ``PackNotFound`` naming those that there are."""
+    known = {path.parent.name: path.parent for path in (home / PACKS_FOLDER).glob(f"*/{MANIFEST_FILE}")}
+    if name not in known:
+        there = f"there are: {', '.join(sorted(known))}" if known else "there is none yet"
+        raise PackNotFound(f"no exported pack {name!r} ({there}); run `sightwire export`")
+    return known[name]
+
+
+def contract_difference(old: Manifest, new: Manifest) -> str | None:
+    """How the windows and heads of two packs differ; ``None`` where one can take the other's place.
+
+    Backbones, modes, graphs, thresholds and temperatures may differ.
+    """
+    before, after = ({branch.name: branch for branch in manifest.branches} for manifest in (old, new))
+    if before.keys() != after.keys():
+        return f"its branches are {', '.join(sorted(after))}, not {', '.join(sorted(before))}"
+    for name, branch in before.items():
+        if difference := _branch_difference(branch, after[name]):
+            return f"branch {name}: {difference}"
+    return None
+
+
+def _branch_difference(old: Branch, new: Branch) -> str | None:
+    for what in ("window_ns", "hop_ns"):
+        before, after = getattr(old, what), getattr(new, what)
+        if before != after:
+            return f"its {what.removesuffix('_ns')} is {after / NS_PER_S:g} s, not {before / NS_PER_S:g} s"
+    if old.video != new.video or old.audio != new.audio:
+        return "it samples video or audio in another way"
+    heads = {head.name: head for head in new.heads}
+    if heads.keys() != {head.name for head in old.heads}:
+        return f"its heads are {', '.join(sorted(heads))}, not {', '.join(sorted(head.name for head in old.heads))}"
+    for head in old.heads:
+        if heads[head.name].kind is not head.kind:
+            return f"head {head.name} is of kind {heads[head.name].kind}, not {head.kind}"
+        if heads[head.name].labels != head.labels:
+            return f"head {head.name} has other labels, or the same in another order"
+    return None
 
 
 def _parity(pack: LoadedPack) -> dict[str, float]:
@@ -93,23 +216,21 @@ def with_hop(manifest: Manifest, hop_s: float | None) -> Manifest:
         raise SettingsError(f"pack {manifest.name}: hop_s {hop_s:g} does not fit: {reason}") from None
 
 
-def runners(packs: Sequence[ServedPack], thread: int, store: FeatureStore) -> dict[str, PackRunner]:
-    """The packs of one engine thread."""
-    return {pack.info.name: PackRunner(pack.copies[thread], store) for pack in packs}
+def watches(packs: Sequence[ServedPack], source: SourceSettings, failed: Collection[str] = ()) -> list[Watch]:
+    """The branches that look at a source. Raises ``SettingsError`` when it names a pack that is not there.
 
-
-def watches(packs: Sequence[ServedPack], source: SourceSettings) -> list[Watch]:
-    """The branches that look at a source. Raises ``SettingsError`` when it names a pack that is not there."""
-    known = {pack.info.name for pack in packs}
-    if source.packs is not None and (unknown := sorted(set(source.packs) - known)):
+    It may name one of those that ``failed``; nothing of that looks at it.
+    """
+    known = {pack.name for pack in packs}
+    if source.packs is not None and (unknown := sorted(set(source.packs) - known - set(failed))):
         raise SettingsError(
             f"source {source.id}: pack {unknown[0]!r} is not among the packs ({', '.join(sorted(known))})"
         )
     chosen = known if source.packs is None else set(source.packs)
     return [
-        Watch(pack.info.name, branch)
+        Watch(pack.name, branch)
         for pack in packs
-        if pack.info.name in chosen
+        if pack.name in chosen
         for branch in with_hop(pack.manifest, source.hop_s).branches
     ]
 

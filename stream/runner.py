@@ -9,6 +9,7 @@ import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from stream.clock import Clock, SystemClock
 from stream.errors import SettingsError, SinkError, SourceError
@@ -16,7 +17,7 @@ from stream.http.app import create_app
 from stream.http.server import bind, serving
 from stream.http.sources import sources_router
 from stream.metrics import PublisherView
-from stream.packs import ServedPack, load_packs
+from stream.packs import FailedPack, ServedPack, load_packs
 from stream.publisher import Publisher
 from stream.received import KINDS
 from stream.service import Service
@@ -134,6 +135,15 @@ class ConsolePort:
             self._tally.on_published(event, now_ns, wall_ns, new=True, spooled=False)
 
 
+class Packs(NamedTuple):
+    """The packs of the settings."""
+
+    served: tuple[ServedPack, ...]
+    """Those that could be loaded."""
+    failed: tuple[FailedPack, ...]
+    """The others."""
+
+
 async def run(
     settings: Settings,
     *,
@@ -152,7 +162,7 @@ async def run(
     clock = clock or SystemClock()
     ending = Ending(settings.shutdown_grace_s)
     with ending.on_signals():
-        packs = await asyncio.to_thread(load_packs, settings, home())
+        packs = await asyncio.to_thread(_load, settings)
         live = [source.id for source in settings.sources if source.live]
         if not publish:
             # Without a reader there is nothing left to do.
@@ -163,23 +173,23 @@ async def run(
 
 async def _run_to_console(
     settings: Settings,
-    packs: Sequence[ServedPack],
+    packs: Packs,
     clock: Clock,
     tally: Tally,
     ending: Ending,
     started: Started | None,
     seconds: float | None,
 ) -> Summary:
-    service = Service(settings, packs, ConsolePort(tally, clock), clock)
+    service = Service(settings, packs.served, ConsolePort(tally, clock), clock, failed=packs.failed)
     ending.attach(service)
-    where = Addresses(None, False, None, _backends(packs))
+    where = Addresses(None, False, None, _backends(packs.served))
     failed = await _run_service(service, where, ending, started, seconds)
     return _summary(service, tally, failed)
 
 
 async def _run_and_publish(
     settings: Settings,
-    packs: Sequence[ServedPack],
+    packs: Packs,
     clock: Clock,
     tally: Tally,
     ending: Ending,
@@ -192,7 +202,7 @@ async def _run_and_publish(
         url, embedded = await stack.enter_async_context(_redis(settings.redis))
         sink = await stack.enter_async_context(_sink(settings.redis, url))
         publisher = Publisher(sink, _spool(settings, clock), clock=clock, observer=tally)
-        service = Service(settings, packs, publisher, clock)
+        service = Service(settings, packs.served, publisher, clock, failed=packs.failed)
         tally.observe_latency = lambda kind, latency_s: service.metrics.event_latency.labels(kind).observe(latency_s)
         service.metrics.views.publisher = lambda: _publisher_view(publisher)
         ending.attach(service, publisher, reload)
@@ -204,7 +214,7 @@ async def _run_and_publish(
                 routers = (sources_router(service.sources, clock, service.check_source),)
                 app = create_app(settings.http, service.metrics.registry, service.ready.is_set, routers)
                 http = await stack.enter_async_context(serving(app, listener))
-            where = Addresses(redacted_url(url), embedded, http, _backends(packs))
+            where = Addresses(redacted_url(url), embedded, http, _backends(packs.served))
             failed = await _run_service(service, where, ending, started, seconds)
             watching.cancel()
             await publisher.aclose(settings.shutdown_grace_s)
@@ -212,6 +222,14 @@ async def _run_and_publish(
         summary = _summary(service, tally, failed)
         summary.spooled = publisher.spool.count
         return summary
+
+
+def _load(settings: Settings) -> Packs:
+    failed: list[FailedPack] = []
+    served = load_packs(settings, home(), failed.append)
+    for pack in failed:
+        pack.tell()
+    return Packs(served, tuple(failed))
 
 
 @contextlib.asynccontextmanager

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from engines.errors import EngineError
 from stream.accounting import Ledger
 from stream.batching import Batcher
 from stream.clock import NS_PER_S, Clock
@@ -14,16 +15,18 @@ from stream.engine_pool import BatchResult, EnginePool
 from stream.errors import SourceError
 from stream.event_format import Timing, source_event
 from stream.events import EventTracker
-from stream.inference import FeatureStore
 from stream.ingest.open import CountingSource, open_recorder, open_source
 from stream.metrics import Metrics, SourceView
-from stream.packs import ServedPack, audio_rate, runners, video_inputs, watches
+from stream.pack_metrics import PacksView
+from stream.packs import FailedPack, Generation, ServedPack, audio_rate, video_inputs, watches
 from stream.schedule import is_on
-from stream.settings import Settings, SourceSettings
+from stream.settings import Settings, SourceSettings, home
 from stream.source_pipeline import Outcome, SourcePipeline
 from stream.sources import RunningSource, Sources
 from stream.supervisor import SourceState, SourceStatus, Supervisor
+from stream.swap import Swaps
 from stream.types import ClipWindow, EpochEnd, EpochStart, Event, Prediction
+from stream.windows import Watch
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +51,8 @@ class EventPort(Protocol):
 class Service:
     """Runs sources until they end or ``stop`` is called.
 
-    ``packs`` must hold one copy for each engine thread of the settings. ``opener`` makes the sources (see
-    ``open_source``); a measurement puts its own in between.
+    ``packs`` must hold one copy for each engine thread of the settings; ``failed`` are those that are wanted but
+    cannot be run. ``opener`` makes the sources (see ``open_source``); a measurement puts its own in between.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Service:
         port: EventPort,
         clock: Clock,
         opener: Callable[..., CountingSource] = open_source,
+        failed: Sequence[FailedPack] = (),
     ) -> None:
         self.settings = settings
         self._open_source = opener
@@ -70,16 +74,29 @@ class Service:
         self.events_made = 0
         self.frames_of_removed = 0
         """Frames decoded of sources that are gone."""
-        self._packs = tuple(packs)
+        self.failed_packs = {pack.name: pack for pack in failed}
+        """Packs that are wanted but do not run, by name."""
+        self._generations = {pack.name: Generation(pack) for pack in packs}
         self._port = port
         self._clock = clock
-        self._store = FeatureStore()
         self._tracker = EventTracker(settings.events, [(pack.manifest, pack.info) for pack in packs])
         self._results: asyncio.Queue[BatchResult | None] = asyncio.Queue()
         self._retries_told: dict[str, tuple[str, int]] = {}
         batcher = Batcher(settings.engine.max_batch, SLOT_DEPTH, self.ledger)
-        self._runners = [runners(self._packs, n, self._store) for n in range(settings.engine.threads)]
-        self._pool = EnginePool(batcher, list(self._runners), self._results.put_nowait, clock)
+        self._pool = EnginePool(
+            batcher, self._generations.values(), settings.engine.threads, self._results.put_nowait, clock
+        )
+        self.swaps = Swaps(
+            self._pool,
+            self._generations,
+            self.failed_packs,
+            self._took_over,
+            self._is_gone,
+            home(),
+            settings.engine.max_batch,
+            clock,
+        )
+        self._encoded_before = (0, 0)
         self._show()
 
     def stop(self) -> None:
@@ -94,7 +111,9 @@ class Service:
             async with asyncio.TaskGroup() as tasks:
                 watchers = [tasks.create_task(self._pool.crashed()), tasks.create_task(self._watch_loop_lag())]
                 results = tasks.create_task(self._handle_results())
+                self.swaps.attach(tasks)
                 await self.sources.run(self.settings.sources, self.ready.set, stay=self.settings.stay)
+                await self.swaps.aclose()
                 await self._pool.aclose()
                 self._results.put_nowait(None)
                 await results
@@ -111,9 +130,30 @@ class Service:
                 source.recorder.join(RECORDED_S)
 
     def _warm_up(self) -> None:
-        for thread in self._runners:
-            for runner in thread.values():
-                runner.warmup(self.settings.engine.max_batch)
+        """Raises ``EngineError`` when no pack is left that can be run."""
+        for name, generation in list(self._generations.items()):
+            try:
+                generation.warm_up(self.settings.engine.max_batch)
+            except EngineError as error:
+                if len(self._generations) == 1:
+                    raise
+                self.failed_packs[name] = FailedPack(name, str(error))
+                self.failed_packs[name].tell()
+                self._pool.withdraw(name)
+                del self._generations[name]
+
+    def _took_over(self, new: Generation) -> None:
+        """From its next window on, another generation serves a pack's sources; running events go on."""
+        old = self._generations[new.pack.name].store
+        computed, reused = self._encoded_before
+        self._encoded_before = (computed + old.encoded, reused + old.reused)
+        self._tracker.add_pack(new.pack.manifest, new.pack.info)
+        self._generations[new.pack.name] = new
+
+    @property
+    def packs(self) -> tuple[ServedPack, ...]:
+        """What serves now."""
+        return tuple(generation.pack for generation in self._generations.values())
 
     async def follow(self, settings: Settings) -> str:
         """Make the sources those of new settings: what is new starts, what is gone ends, what differs starts anew.
@@ -125,10 +165,15 @@ class Service:
 
     def check_source(self, settings: SourceSettings) -> None:
         """Raises ``SettingsError`` for a source that the packs of this service cannot watch."""
-        audio_rate(settings, watches(self._packs, settings))
+        audio_rate(settings, self._watches(settings))
+
+    def _watches(self, settings: SourceSettings) -> list[Watch]:
+        return watches(self.packs, settings, self.failed_packs)
 
     def _make_source(self, settings: SourceSettings) -> RunningSource:
-        watched = watches(self._packs, settings)
+        watched = self._watches(settings)
+        if not watched:
+            log.warning("source %s: none of its packs runs, nothing looks at it", settings.id)
         inputs, rate = video_inputs(watched), audio_rate(settings, watched)
         pipeline = SourcePipeline(
             settings,
@@ -156,13 +201,20 @@ class Service:
             self._clock,
             self._source_changed,
             scheduled=(lambda: is_on(settings.schedule, self._clock.wall_ns())) if settings.schedule else None,
+            persistent=settings.scheme not in ("file", "synthetic", "replay"),
         )
         return RunningSource(pipeline, supervisor, recorder=recorder)
 
     def _source_ended(self, source: RunningSource) -> None:
         if source.recorder is not None:
             source.recorder.close()
-        self._store.forget(source.settings.id)
+        for generation in self._generations.values():
+            generation.store.forget(source.settings.id)
+        self.swaps.source_ended(source.settings.id)
+
+    def _is_gone(self, source_id: str) -> bool:
+        source = self.sources.get(source_id)
+        return source is None or source.supervisor.status.state in (SourceState.ENDED, SourceState.FAILED)
 
     def _forget_source(self, source: RunningSource) -> None:
         """Nothing may be left of a source that was removed: cameras come and go for months."""
@@ -238,7 +290,7 @@ class Service:
             none: list[list[Prediction] | None] = [None] * len(result.batch.windows)
             for window, predicted in zip(result.batch.windows, result.predictions or none, strict=True):
                 pipeline = self.sources[window.key.source_id].pipeline
-                outcome = Outcome(window, predicted, result.taken_ns, result.inferred_ns)
+                outcome = Outcome(window, result.pack, predicted, result.taken_ns, result.inferred_ns)
                 ready = pipeline.in_turn(outcome)
                 await self._put([event for outcome in ready for event in self._track(outcome)])
                 pipeline.settle(len(ready))
@@ -265,7 +317,7 @@ class Service:
         if outcome.predictions is None:
             return []
         timing = Timing(outcome.taken_ns, outcome.inferred_ns, self._clock.monotonic_ns(), self._clock.wall_ns())
-        return self._tracker.update(outcome.window, outcome.predictions, timing)
+        return self._tracker.update(outcome.window, outcome.predictions, timing, outcome.pack)
 
     async def _watch_loop_lag(self, every_s: float = 0.5) -> None:
         while True:
@@ -284,14 +336,18 @@ class Service:
             "channels": sum(len(source.pipeline.channel) for source in list(self.sources.values())),
             "results": self._results.qsize(),
         }
-        views.encoded = lambda: {"computed": self._store.encoded, "reused": self._store.reused}
-        for pack in self._packs:
-            for engine in pack.copies[0].engines.values():
-                spec = engine.spec
-                identity = (spec.pack, spec.graph, spec.backend, spec.precision)
-                self.metrics.engine_info.labels(*identity, spec.device).set(1)
-                if (error := pack.parity.get(spec.graph)) is not None:
-                    self.metrics.parity.labels(*identity).set(error)
+        views.encoded = self._encoded
+        views.packs = lambda: PacksView(
+            self.packs, list(self.failed_packs), self.swaps.all(), dict(self.swaps.outcomes)
+        )
+
+    def _encoded(self) -> dict[str, int]:
+        stores = [generation.store for generation in list(self._generations.values())]
+        computed, reused = self._encoded_before
+        return {
+            "computed": computed + sum(store.encoded for store in stores),
+            "reused": reused + sum(store.reused for store in stores),
+        }
 
 
 def _view(source: RunningSource, now_ns: int) -> SourceView:

@@ -12,6 +12,7 @@ from engines.manifest import Branch
 from stream.accounting import Ledger
 from stream.channel import Channel, Policy
 from stream.clock import NS_PER_S, Clock
+from stream.event_format import PackInfo
 from stream.settings import SourceSettings
 from stream.types import (
     AudioChunk,
@@ -73,6 +74,8 @@ class Outcome:
 
     window: ClipWindow
     """The window."""
+    pack: PackInfo
+    """What computed it."""
     predictions: list[Prediction] | None
     """``None`` when its batch failed."""
     taken_ns: int

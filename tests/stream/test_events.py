@@ -28,6 +28,7 @@ SCHEMA = json.loads((Path(__file__).parents[2] / "stream/schema/event.v1.json").
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 CLOCK = CaptureClock(ClockOrigin.PTS, 5.0, OFFSET)
 SHA = "ab" * 32
+PACK = PackInfo("p", "1", SHA, "onnxruntime", "fp32")
 
 
 def validate(event: Event) -> None:
@@ -59,7 +60,7 @@ def manifest() -> Manifest:
 
 
 def tracker(**over: Any) -> EventTracker:
-    t = EventTracker(EventSettings(**over), [(manifest(), PackInfo("p", "1", SHA, "onnxruntime", "fp32"))])
+    t = EventTracker(EventSettings(**over), [(manifest(), PACK)])
     t.begin_epoch(EpochStart("cam", 0, "e0", 0, True, False, 0, CLOCK, True, 0))
     return t
 
@@ -95,7 +96,7 @@ def feed(t: EventTracker, scores: list[float], first: int = 0) -> list[Event]:
     for index, score in enumerate(scores, first):
         done = window(index).closed_ns + 5_000_000
         timing = Timing(done - 3_000_000, done - 1_000_000, done, OFFSET + window(index).end_ns + 9_000_000)
-        events += t.update(window(index), [scored(index, score)], timing)
+        events += t.update(window(index), [scored(index, score)], timing, PACK)
     return events
 
 
@@ -127,7 +128,7 @@ def test_one_high_window_is_no_event_and_background_never_is() -> None:
     assert feed(t, [0.1, 0.99, 0.1, 0.99, 0.1]) == []
     timing = Timing(0, 0, 0, 0)
     for index in range(5, 10):
-        assert t.update(window(index), [scored(index, 0.0, other=0.99)], timing) == []
+        assert t.update(window(index), [scored(index, 0.0, other=0.99)], timing, PACK) == []
 
 
 def test_a_lost_source_ends_what_runs_with_its_reason() -> None:
@@ -186,7 +187,7 @@ def test_segmentation_tells_areas_and_changes() -> None:
         seen = mask.copy()
         seen[:cars] = 1
         prediction = Prediction(window(index).key, "scene", None, {}, seen, None)
-        return t.update(window(index), [prediction], Timing(0, 0, 0, 0))
+        return t.update(window(index), [prediction], Timing(0, 0, 0, 0), PACK)
 
     (start,) = see(0, 0)
     assert start.data["phase"] == "start" and start.data["areas"] == {"road": 1.0, "car": 0.0}
@@ -204,7 +205,7 @@ def test_windows_without_a_frame_or_a_sound_say_nothing() -> None:
     t = tracker(smoothing=1.0)
     blind = replace(window(0), frames=(None,) * 8, missing_frames=8)
     mask = Prediction(blind.key, "scene", None, {}, np.zeros((4, 4), np.uint8), None)
-    assert t.update(blind, [mask, scored(0, 0.99)], Timing(0, 0, 0, 0)) == []
+    assert t.update(blind, [mask, scored(0, 0.99)], Timing(0, 0, 0, 0), PACK) == []
     assert feed(t, [0.99], first=1) == [], "and do not count as a window over the threshold"
 
 
