@@ -261,6 +261,18 @@ DEFAULT_BOUNDS: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.
 """Bounds that separate rounding from a fault, measured: docs/decisions/0006-precisions.md."""
 
 
+class PackSource(_Strict):
+    """What ``sightwire export`` was given. Names only: where the files lie is the exporting machine's own affair, and
+    a pack travels."""
+
+    model: Annotated[str, Field(min_length=1)]
+    """Name of a model, of a file or of a folder."""
+    weights: str | None = None
+    """Name of the file of weights, where it was stated."""
+    describe: str | None = None
+    """Name of the description, where there was one."""
+
+
 class Manifest(_Strict):
     """``manifest.json`` of a pack."""
 
@@ -271,6 +283,8 @@ class Manifest(_Strict):
     """Hash of the safetensors file that the graphs were exported from."""
     licence: str = ""
     description: str = ""
+    source: PackSource | None = None
+    """What it was exported from; older packs do not say."""
     graphs: tuple[GraphSpec, ...] = Field(min_length=1)
     branches: tuple[Branch, ...] = Field(min_length=1)
     parity_bounds: dict[Precision, float] = DEFAULT_BOUNDS

@@ -57,12 +57,26 @@ def load(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Onn
     refused, ``ManifestError`` when the graph is not what the manifest says.
     """
     _check_precision(pack, graph.name, options)
-    session = _shared_session(path, pack, graph, options)
+    return _engine(_shared_session(path, pack, graph, options), pack, graph, options)
+
+
+def _engine(session: Any, pack: str, graph: GraphSpec, options: EngineOptions) -> OnnxEngine:
     check_interface(pack, graph.name, graph.inputs, _ports(session.get_inputs()), "input")
     check_interface(pack, graph.name, graph.outputs, _ports(session.get_outputs()), "output")
     device = "cpu" if options.device == "cpu" else "cuda:0"
     spec = EngineSpec(pack, graph.name, "onnxruntime", device, options.precision, graph.inputs, graph.outputs)
     return OnnxEngine(session, spec)
+
+
+def load_plain(path: Path, pack: str, graph: GraphSpec) -> OnnxEngine:
+    """The graph as it is written, in fp32 on the CPU without any optimisation: what others are compared with.
+
+    Raises ``GraphLoadError``, ``ManifestError``.
+    """
+    session_options = _session_options(1)
+    session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = _open_session(path, pack, graph, EngineOptions(), session_options)
+    return _engine(session, pack, graph, EngineOptions())
 
 
 def compile_graph(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Compiled:
@@ -92,14 +106,15 @@ def _shared_session(path: Path, pack: str, graph: GraphSpec, options: EngineOpti
     key = (str(path.resolve()), file and file.sha256, options.threads, options.device)
     session = _sessions.get(key)
     if session is None:
-        session = _sessions[key] = _open_session(path, pack, graph, options)
+        session = _open_session(path, pack, graph, options, _session_options(options.threads))
+        _sessions[key] = session
     return session
 
 
-def _open_session(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Any:
+def _open_session(path: Path, pack: str, graph: GraphSpec, options: EngineOptions, session_options: Any) -> Any:
     providers = _providers(options.device)
     try:
-        session = ort.InferenceSession(str(path), _session_options(options.threads), providers=list(providers))
+        session = ort.InferenceSession(str(path), session_options, providers=list(providers))
     except _ORT_ERRORS as error:
         raise GraphLoadError(
             f"pack {pack}: onnxruntime {version()} cannot load graph {graph.name} ({path.name}): "

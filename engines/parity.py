@@ -42,6 +42,10 @@ class OutputParity(_Strict):
     """Share of equal pixels; masks only."""
     mask_iou: Share | None = None
     """Intersection over union, mean over the classes present; masks only."""
+    cosine: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """Smallest cosine between an embedding and the reference's; embeddings and features only."""
+    window_errors: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Largest absolute difference in each batch that was compared; of masks the share of pixels that differ."""
 
 
 class BatchLatency(_Strict):
@@ -53,6 +57,11 @@ class BatchLatency(_Strict):
     """Median."""
     p95_ms: Annotated[float, Field(ge=0)]
     """95th percentile."""
+
+    @property
+    def per_second(self) -> float:
+        """Batch items a second, one call after the other, at the median."""
+        return 1e3 * self.batch / self.p50_ms if self.p50_ms > 0 else 0.0
 
 
 class GraphParity(_Strict):

@@ -15,7 +15,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from engines.manifest import PARITY_FILE, Branch, GraphSpec, Manifest, TensorSpec, file_sha256, write_manifest
+from engines.manifest import (
+    PARITY_FILE,
+    Branch,
+    GraphSpec,
+    Manifest,
+    PackSource,
+    TensorSpec,
+    file_sha256,
+    write_manifest,
+)
 from engines.measure import Reference
 from engines.types import Array, Tensors
 from export.parity import run_parity
@@ -84,6 +93,8 @@ class PackToWrite:
     """As in the manifest, which has defaults."""
     reference_name: str = ""
     """What engines are compared with; by default the version of PyTorch."""
+    source: PackSource | None = None
+    """What it is exported from."""
 
 
 def write_pack(
@@ -122,6 +133,7 @@ def _manifest(pack: PackToWrite, graphs: tuple[GraphSpec, ...]) -> Manifest:
         "checkpoint_sha256": pack.checkpoint_sha256,
         "licence": pack.licence,
         "description": pack.description,
+        "source": pack.source,
         "graphs": graphs,
         "branches": pack.branches,
     }

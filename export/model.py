@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from engines.manifest import Manifest
+from engines.manifest import Manifest, PackSource
 from export.adapters import checkpoint, onnx_file, transformers
 from export.adapters import torchvision as vision
 from export.adapters.common import ExportOptions
@@ -21,13 +22,15 @@ def export_model(
     *,
     options: ExportOptions | None = None,
     clips: Sequence[Path] | None = (),
+    source: PackSource | None = None,
     progress: Progress = lambda line: None,
 ) -> Manifest:
     """Write the pack of a trained model into ``out`` (made if need be), with parity measured on ``clips``.
 
     ``what`` is a folder of ``sightwire train`` or of transformers' ``save_pretrained``, an ``.onnx`` file, a name of
     a torchvision model (``r3d_18`` or ``torchvision:r3d_18``), or ``package.module:factory``. ``clips`` as
-    ``export.build.write_pack``. Nothing is written before the model is known to be usable.
+    ``export.build.write_pack``; ``source`` goes into the manifest. Nothing is written before the
+    model is known to be usable.
 
     Raises ``ExportError`` saying what is wrong or still to be stated, ``engines.errors.ParityMissing`` when the clips
     cannot be used.
@@ -37,7 +40,7 @@ def export_model(
         pack = read_model(what, options or ExportOptions())
     except ModelError as error:
         raise ExportError(str(error)) from error
-    return write_pack(pack, out, clips=clips, progress=progress)
+    return write_pack(replace(pack, source=source), out, clips=clips, progress=progress)
 
 
 def read_model(what: str, options: ExportOptions) -> PackToWrite:

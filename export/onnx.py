@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engines.manifest import Manifest
+from engines.manifest import Manifest, PackSource
 from export.base import DESCRIPTION, LICENCE, NAME, scene_branch, watch_branch
 from export.build import ExportError as ExportError
 from export.build import GraphToExport, PackToWrite, Progress, write_pack
@@ -29,9 +29,14 @@ def export_base(
     ``engines.errors.ParityMissing`` when the clips cannot be used, ``ExportError`` from the exporter.
     """
     progress(f"reading {weights_dir / network.WEIGHTS_FILE}")
+    return write_pack(base_pack(weights_dir), out_dir, clips=clips, progress=progress)
+
+
+def base_pack(weights_dir: Path) -> PackToWrite:
+    """The base pack before anything is written. Raises ``models.errors.WeightsError``."""
     model, checkpoint = load_weights(weights_dir)
     calibration = Calibration.read(weights_dir)
-    pack = PackToWrite(
+    return PackToWrite(
         name=NAME,
         version=calibration.version,
         checkpoint_sha256=checkpoint,
@@ -39,8 +44,8 @@ def export_base(
         description=DESCRIPTION,
         graphs=tuple(base_graphs(model)),
         branches=(watch_branch(calibration), scene_branch()),
+        source=PackSource(model=NAME),
     )
-    return write_pack(pack, out_dir, clips=clips, progress=progress)
 
 
 def base_graphs(model: BaseModel) -> Iterator[GraphToExport]:

@@ -94,14 +94,21 @@ def export_any(
     from export.adapters.describe import pack_name
     from export.build import ExportError
     from export.model import export_model
+    from export.source import note_of, remember, source_of
 
     options = ExportOptions(weights=weights, describe=describe, name=name)
     where = folder or home / "packs" / (name or pack_name(Path(model).stem))
     try:
         with console.status(f"exporting {model}") as status:
+            note = note_of(model, options)
             manifest = export_model(
-                model, where, options=options, progress=lambda step: status.update(f"exporting: {step}")
+                model,
+                where,
+                options=options,
+                source=source_of(note),
+                progress=lambda step: status.update(f"exporting: {step}"),
             )
+            remember(note, manifest, user_cache())
     except ExportError as error:
         raise SettingsError(str(error)) from error
     console.print(f"pack {manifest.name} {manifest.version}: {where}")
