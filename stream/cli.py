@@ -14,6 +14,7 @@ import typer
 
 from engines.errors import EngineError
 from stream.cli_models import models_app
+from stream.cli_packs import packs_app
 from stream.cli_sources import sources_app
 from stream.errors import SettingsError, SightwireError
 from stream.secrets import register_secrets
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(models_app)
 app.add_typer(sources_app, name="sources")
+app.add_typer(packs_app, name="packs")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 """What may stand before the = of ``--source ID=URL``."""

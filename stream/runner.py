@@ -14,6 +14,7 @@ from typing import NamedTuple
 from stream.clock import Clock, SystemClock
 from stream.errors import SettingsError, SinkError, SourceError
 from stream.http.app import create_app
+from stream.http.packs import packs_router
 from stream.http.server import bind, serving
 from stream.http.sources import sources_router
 from stream.metrics import PublisherView
@@ -211,7 +212,10 @@ async def _run_and_publish(
             watching = tasks.create_task(_watch_groups(sink, service))
             http = None
             if listener is not None:
-                routers = (sources_router(service.sources, clock, service.check_source),)
+                routers = (
+                    sources_router(service.sources, clock, service.check_source),
+                    packs_router(lambda: service.packs, lambda: list(service.failed_packs.values()), service.swaps),
+                )
                 app = create_app(settings.http, service.metrics.registry, service.ready.is_set, routers)
                 http = await stack.enter_async_context(serving(app, listener))
             where = Addresses(redacted_url(url), embedded, http, _backends(packs.served))

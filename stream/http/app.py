@@ -6,8 +6,11 @@ import secrets
 from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+from stream.http.guard import check_change
 from stream.settings import HttpSettings
 
 
@@ -31,6 +34,17 @@ def create_app(
         if not secrets.compare_digest(given.encode(), f"Bearer {token}".encode()):
             raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
 
+    def guarded(request: Request) -> None:
+        authorised(request)
+        check_change(request, has_token=token is not None)
+
+    @app.exception_handler(RequestValidationError)
+    def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        """One line, as every other refusal."""
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
+
     @app.get("/healthz")
     def healthz() -> dict[str, str]:
         """The process answers."""
@@ -50,5 +64,5 @@ def create_app(
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     for router in routers:
-        app.include_router(router, dependencies=[Depends(authorised)])
+        app.include_router(router, dependencies=[Depends(guarded)])
     return app
