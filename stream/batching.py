@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
 from stream.accounting import Ledger
@@ -99,7 +100,11 @@ class Batcher:
         while live and len(slot.windows) > self._depth:
             dropped.append(slot.drop_oldest())
             hop.drop("stale")
+        hop.holds(lambda: self._waiting(key.source_id))
         return dropped
+
+    def _waiting(self, source_id: str) -> int:
+        return sum(len(slot.windows) for (source, _), slot in self._slots.items() if source == source_id)
 
     def take(self) -> Batch | None:
         """The next batch, or ``None`` when nothing is ready."""
@@ -112,6 +117,8 @@ class Batcher:
         self._in_flight.update((source, lane) for source in batch.sources)
         for window in windows:
             self._ledger.hop(window.key.source_id, STAGE).left += 1
+        for source in batch.sources:
+            self._ledger.hop(source, STAGE).holds(partial(self._waiting, source))
         return batch
 
     def _fill(self, lane: Lane, slots: list[Slot]) -> list[ClipWindow]:

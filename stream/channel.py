@@ -61,6 +61,7 @@ class Channel(Generic[T]):
             if len(self._items) >= self._capacity:
                 self._drop_oldest()
             self._items.append(item)
+            self._hop.holds(self.__len__)
             self._signal()
 
     def put_now(self, item: T) -> None:
@@ -114,6 +115,7 @@ class Channel(Generic[T]):
             items = list(self._items)
             self._items.clear()
             self._hop.left += len(items)
+            self._hop.holds(self.__len__)
             if self._closed:
                 self._signal()
                 if not items:

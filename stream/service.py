@@ -66,7 +66,7 @@ class Service:
     ) -> None:
         self.settings = settings
         self._open_source = opener
-        self.ledger = Ledger()
+        self.ledger = Ledger(checked=settings.check_books)
         self.metrics = Metrics(self.ledger)
         self.sources = Sources(self._make_source, self._source_ended, self._forget_source)
         self.ready = asyncio.Event()

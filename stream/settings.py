@@ -323,6 +323,8 @@ class Settings(BaseSettings):
     retry: RetrySettings = RetrySettings()
     stay: bool = False
     """Go on when every source has ended: others may be added while the service runs."""
+    check_books: bool = False
+    """Assert at every step that each item is accounted for; a bug then ends the service."""
     shutdown_grace_s: Seconds = 10.0
 
     @model_validator(mode="after")

@@ -26,8 +26,9 @@ def tiny_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test reads or writes the user's home folder or settings."""
+    """No test reads or writes the user's home folder or settings; in all the books are checked at every step."""
     for name in [name for name in os.environ if name.startswith("SIGHTWIRE_") and name != "SIGHTWIRE_REQUIRE_E2E"]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("SIGHTWIRE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SIGHTWIRE_CHECK_BOOKS", "1")
     yield

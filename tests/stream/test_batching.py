@@ -47,7 +47,7 @@ steps = st.lists(
 def test_any_history_keeps_order_bounds_and_books(
     steps: list[tuple[object, ...]], max_batch: int, depth: int, live: bool
 ) -> None:
-    ledger = Ledger()
+    ledger = Ledger(checked=True)
     batcher = Batcher(max_batch, depth, ledger)
     made: Counter[tuple[str, str]] = Counter()
     seen: dict[tuple[str, str], int] = defaultdict(lambda: -1)
@@ -92,7 +92,7 @@ def test_under_overload_no_source_gets_less_than_its_share_minus_one_window(
     loads: list[int], max_batch: int, rounds: int
 ) -> None:
     """A source's share is an equal part of what is served, or all it offers when that is less."""
-    batcher = Batcher(max_batch, 2, Ledger())
+    batcher = Batcher(max_batch, 2, Ledger(checked=True))
     served: Counter[str] = Counter()
     made: Counter[str] = Counter()
     total = 0
@@ -114,7 +114,7 @@ def test_under_overload_no_source_gets_less_than_its_share_minus_one_window(
 
 
 def test_takes_what_is_ready_earliest_deadline_first_and_never_waits() -> None:
-    batcher = Batcher(8, 4, Ledger())
+    batcher = Batcher(8, 4, Ledger(checked=True))
     assert batcher.take() is None
     batcher.offer(window("late", 0), 300, live=True)
     batcher.offer(window("soon", 0, "scene"), 100, live=True)
@@ -125,7 +125,7 @@ def test_takes_what_is_ready_earliest_deadline_first_and_never_waits() -> None:
 
 
 def test_one_source_may_fill_a_batch_when_it_is_alone() -> None:
-    batcher = Batcher(4, 8, Ledger())
+    batcher = Batcher(4, 8, Ledger(checked=True))
     for index in range(6):
         batcher.offer(window("file", index), index, live=False)
     batch = batcher.take()
@@ -137,7 +137,7 @@ def test_one_source_may_fill_a_batch_when_it_is_alone() -> None:
 
 
 def test_a_live_source_keeps_its_newest_windows() -> None:
-    ledger = Ledger()
+    ledger = Ledger(checked=True)
     batcher = Batcher(8, 2, ledger)
     dropped = [w.key.index for i in range(5) for w in batcher.offer(window("cam", i), i, live=True)]
     assert dropped == [0, 1, 2]

@@ -47,7 +47,7 @@ def windows(
         if b.audio is not None:
             sound = rng.normal(0, 0.1, RATE // 25).astype(np.float32)
             items.append(AudioChunk(source, epoch, n * 40 * MS, 0, RATE, sound))
-    cutter = SourceWindows([Watch("tiny", b)], Grace(500 * MS, None), Ledger())
+    cutter = SourceWindows([Watch("tiny", b)], Grace(500 * MS, None), Ledger(checked=True))
     return [w for item in [*items, EpochEnd(source, epoch, "end_of_stream", 0)] for w in cutter.push(item, 0)]
 
 

@@ -98,7 +98,7 @@ class Bench:
         self.trials: list[PackTrial] = []
         self.marks = iter(range(1, 1000))
         self.serving = generation(next(self.marks))
-        batcher = Batcher(4, 2, Ledger())
+        batcher = Batcher(4, 2, Ledger(checked=True))
         self.pool = EnginePool(batcher, [self.serving], THREADS, self._take_in, ManualClock())
 
     def _take_in(self, result: BatchResult) -> None:

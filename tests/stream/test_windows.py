@@ -78,7 +78,7 @@ def audio(first: int, count: int, origin_ns: int = 0, epoch: int = 0) -> AudioCh
 def cut(
     items: list[MediaItem], b: Branch, *, grace_ns: int = 500 * MS, nows: list[int] | None = None
 ) -> tuple[list[ClipWindow], Ledger]:
-    ledger = Ledger()
+    ledger = Ledger(checked=True)
     windows = SourceWindows([Watch("p", b)], Grace(grace_ns, None if nows is None else grace_ns), ledger)
     out: list[ClipWindow] = []
     for number, item in enumerate(items):
@@ -223,7 +223,7 @@ def test_no_window_crosses_an_epoch() -> None:
 
 def test_video_window_waits_for_late_audio_then_closes_when_the_grace_is_over() -> None:
     b = branch(window_ms=1000, hop_ms=500)
-    ledger = Ledger()
+    ledger = Ledger(checked=True)
     windows = SourceWindows([Watch("p", b)], Grace(400 * MS, 300 * MS), ledger)
     windows.push(epoch_start(), 0)
     windows.push(audio(0, 600), 0)
@@ -253,7 +253,7 @@ def test_a_recording_with_audio_that_stops_closes_by_media_time() -> None:
 
 def test_a_track_that_fell_silent_is_not_waited_for_until_it_speaks_again() -> None:
     b = branch(window_ms=1000, hop_ms=500)
-    ledger = Ledger()
+    ledger = Ledger(checked=True)
     windows = SourceWindows([Watch("p", b)], Grace(400 * MS, 400 * MS), ledger)
     windows.push(epoch_start(), 0)
     waited = []
@@ -271,7 +271,7 @@ def test_a_track_that_fell_silent_is_not_waited_for_until_it_speaks_again() -> N
 
 def test_progress_closes_a_window_without_another_frame() -> None:
     b = branch(window_ms=1000, hop_ms=500)
-    ledger = Ledger()
+    ledger = Ledger(checked=True)
     windows = SourceWindows([Watch("p", b)], Grace(400 * MS, None), ledger)
     windows.push(epoch_start(audio=False), 0)
     assert windows.push(frame(720 * MS), 0) == []
