@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import ingest, live, memory, throughput
+from bench import decoding, live, memory, throughput
 from bench.clip import bench_clip
 from bench.common import BenchError, Measured, machine, other_load, show, write_json
 from engines.errors import EngineError
@@ -86,11 +86,11 @@ def benchmarks(plan: Plan, pack: Path) -> dict[str, Callable[[], Measured]]:
     clip, name = bench_clip(plan.clip_s), str(pack)
     manifest = read_manifest(pack)
     return {
-        "a": lambda: ingest.throughput(clip, manifest, plan.runs),
+        "a": lambda: decoding.throughput(clip, manifest, plan.runs),
         "b": lambda: throughput.saturation(clip, name, plan.sources, plan.runs, plan.interval_s),
         "c": lambda: live.latency(clip, name, plan.latency_s, plan.latency_sources),
         "d": lambda: memory.peak_memory(clip, pack, plan.memory_counts, plan.memory_s),
-        "e": lambda: ingest.live_cpu(clip, pack / MANIFEST_FILE, plan.cpu_runs, plan.cpu_s),
+        "e": lambda: decoding.live_cpu(clip, pack / MANIFEST_FILE, plan.cpu_runs, plan.cpu_s),
         "f": lambda: live.without_drops(clip, name, plan.live_sources, plan.live_s),
     }
 

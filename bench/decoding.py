@@ -178,7 +178,7 @@ def _text(width: int, height: int) -> str:
 
 
 def _side_by_side(clip: Clip, manifest_file: Path, sides: Sequence[str], seconds: float) -> list[float]:
-    command = [sys.executable, "-m", "bench.ingest", str(clip.path), str(manifest_file), str(seconds)]
+    command = [sys.executable, "-m", "bench.decoding", str(clip.path), str(manifest_file), str(seconds)]
     children = [subprocess.Popen([*command, *side.split()], stdout=subprocess.PIPE, text=True) for side in sides]
     try:
         return [_cpu_s_of(child, seconds) for child in children]
