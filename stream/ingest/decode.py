@@ -174,7 +174,8 @@ class Decoder:
 
     def feed(self, packet: Packet[Stream], arrival_ns: int) -> None:
         """Decode a packet; a damaged one is skipped and counted. Raises ``SourceError`` after too many of them."""
-        if packet.stream_index == self._audio_index:
+        # The empty packets that flush a decoder know their stream, but not its number.
+        if packet.stream.index == self._audio_index:
             self._feed_audio(packet, arrival_ns)
             return
         if packet.pts is not None:

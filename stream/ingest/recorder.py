@@ -106,7 +106,7 @@ class Recorder:
                 return
             if moved:
                 self._put(ClockSet(self._next(), self._arrival.wall_offset_ns))
-            track = self._indices.index(packet.stream_index)
+            track = self._indices.index(packet.stream.index)
             if not packet.size:
                 self._put(Flushed(self._next(), arrival_ns, track))
                 return

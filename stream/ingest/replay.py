@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -51,13 +52,18 @@ def session_entries(path: Path) -> Iterator[Entry]:
 
     Raises ``NotARecording``, and ``av.error.FFmpegError`` when the first file cannot be opened.
     """
-    entries = _parts(path)
-    first = next(entries, None)
-    if first is None:
+    entries, early = _parts(path), list[Entry]()
+    for entry in entries:
+        if isinstance(entry.what, Connected):
+            break
+        early.append(entry)
+    else:
         return
-    yield first
-    begins = isinstance(first.what, Connected) and not first.what.continues
-    yield from in_order(entries, first.number + 1 if begins else first.number)
+    if entry.what.continues:
+        yield entry
+    else:
+        early.append(entry)
+    yield from in_order(chain(early, entries), entry.number)
 
 
 def _parts(path: Path) -> Iterator[Entry]:

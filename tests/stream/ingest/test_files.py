@@ -318,6 +318,14 @@ def test_a_fast_loop_names_each_round(tmp_path: Path) -> None:
     check_grammar(run.items)
 
 
+@pytest.mark.parametrize("seconds", [2.6, 2.75, 2.9])
+def test_audio_that_is_being_gathered_when_the_file_ends_is_decoded(tmp_path: Path, seconds: float) -> None:
+    sparse = (VideoInput(width=32, height=32, fps=Fraction(8)),)
+    run = run_source(make_clip(tmp_path / "clip.mp4", Clip(seconds=seconds)), sparse)
+    assert run.source.stats.corrupt_packets == 0
+    assert sum(len(chunk.samples) for chunk in run.of(AudioChunk)) >= seconds * 16_000
+
+
 def test_pacing_ignores_jumps() -> None:
     pacer = Pacer(100)
     assert [pacer.due(at) for at in (50, 60, 55, 70)] == [100, 110, 110, 120]
