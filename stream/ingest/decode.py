@@ -48,12 +48,12 @@ class Selected:
         """Those that are there."""
         return tuple(stream for stream in (self.video, self.audio) if stream is not None)
 
-    def tracks(self, sample_rate: int | None) -> Tracks:
-        """What the assembler has to know of them."""
+    def tracks(self, sample_rate: int | None, *, timed: bool = True) -> Tracks:
+        """What the assembler has to know of them; without times of their own, no rate is to be believed."""
         return Tracks(
             video=self.video is not None,
             sample_rate=sample_rate if self.audio is not None else None,
-            frame_interval_ns=0 if self.video is None else frame_interval_ns(self.video),
+            frame_interval_ns=frame_interval_ns(self.video) if self.video is not None and timed else 0,
         )
 
 
@@ -145,7 +145,10 @@ class Decoder:
         stats: DecodeStats,
         *,
         live: bool,
+        timed: bool = True,
     ) -> None:
+        """``timed`` is off for video whose packets carry no times: then arrival is presentation."""
+        self._timed = timed
         self._source_id = source_id
         self._url = url
         self._assembler = assembler
@@ -236,7 +239,9 @@ class Decoder:
 
     def _video(self, frame: VideoFrame, arrival_ns: int) -> None:
         pts = frame.pts if frame.pts is not None else frame.dts
-        if pts is None:
+        if not self._timed:
+            pts_ns = arrival_ns
+        elif pts is None:
             if self._video_ns is None:
                 self._stats.frames_decoded += 1
                 self._stats.frames_late += 1

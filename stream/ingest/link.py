@@ -102,7 +102,7 @@ class Patience:
 
 
 class PatientSocket(io.RawIOBase):
-    """Reads of a connection, to ``http.client`` a socket: waits with patience, and then says end of file.
+    """Reads of a connection: waits with patience, and then says end of file.
 
     It raises nothing, because FFmpeg sits between a read and whoever could catch it.
     """
@@ -137,10 +137,6 @@ class PatientSocket(io.RawIOBase):
         self._connection.settimeout(self._link.settings.open_timeout_s)
         self._connection.sendall(data)
         self._connection.settimeout(POLL_S)
-
-    def makefile(self, mode: str, *_: Any) -> io.BufferedReader:
-        """For ``http.client``: this, buffered."""
-        return io.BufferedReader(self, 65_536)
 
     def close(self) -> None:
         """Close the connection."""

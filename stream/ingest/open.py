@@ -7,10 +7,11 @@ from typing import Protocol
 
 from engines.manifest import VideoInput
 from stream.clock import Clock
+from stream.ingest.address import AddressGuard
 from stream.ingest.file import FileSource
+from stream.ingest.network import NetworkSource
 from stream.ingest.recorder import Recorder
 from stream.ingest.replay import ReplaySource
-from stream.ingest.rtsp import RtspSource
 from stream.ingest.stats import DecodeStats
 from stream.ingest.synthetic import SyntheticSource
 from stream.ingest.tap import Tap
@@ -36,15 +37,17 @@ def open_source(
     *,
     first_epoch: int = 0,
     tap: Tap | None = None,
+    guard: AddressGuard | None = None,
 ) -> CountingSource:
     """The source of these settings; nothing is connected before ``run``.
 
     ``inputs`` are the video inputs of every branch that watches it (none: video is not decoded), ``audio_rate``
     the rate that audio is resampled to (``None``: audio is not decoded), ``first_epoch`` the number of its first
-    epoch (a reconnection goes on counting). ``tap`` looks on at the packets of a network source. Raises
+    epoch (a reconnection goes on counting). ``tap`` looks on at the packets of a network source.
+    ``guard`` says what sources may connect to that are not trusted; the default one when not given. Raises
     ``SourceError`` when the address cannot be understood.
     """
-    source = _open(settings, inputs, audio_rate, clock, first_epoch, tap)
+    source = _open(settings, inputs, audio_rate, clock, first_epoch, tap, guard)
     blackout = Blackout(settings.privacy, settings.roi)
     return Blackened(source, blackout) if blackout else source
 
@@ -64,6 +67,7 @@ def _open(
     clock: Clock,
     first_epoch: int,
     tap: Tap | None,
+    guard: AddressGuard | None,
 ) -> CountingSource:
     match settings.scheme:
         case "file":
@@ -73,7 +77,7 @@ def _open(
         case "replay":
             return ReplaySource(settings, inputs, audio_rate, clock, first_epoch)
         case _:
-            return RtspSource(settings, inputs, audio_rate, clock, first_epoch, tap)
+            return NetworkSource(settings, inputs, audio_rate, clock, first_epoch, tap, guard)
 
 
 class Blackened:

@@ -1,8 +1,9 @@
-"""Live cameras over RTSP."""
+"""Live cameras over RTSP, and their clock."""
 
 from __future__ import annotations
 
 import struct
+import time
 
 import av
 import av.error
@@ -10,25 +11,21 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Stream
 
-from engines.manifest import VideoInput
-from stream.clock import NS_PER_MS, NS_PER_S, Clock
-from stream.errors import SourceError
-from stream.ingest.assemble import Assembler
-from stream.ingest.capture import LiveCapture
-from stream.ingest.decode import Decoder, FrameRenderer, Selected, read_packets, select_streams
-from stream.ingest.errors import Failure, check_network_url, failure, map_av_error
-from stream.ingest.stats import DecodeStats
-from stream.ingest.tap import Tap
+from stream.ingest.connection import FORMATS, Connection
+from stream.ingest.errors import Failure, check_network_url
+from stream.ingest.link import Link, Patience
+from stream.ingest.relay import Relay, address_of
 from stream.ingest.timeline import to_ns
-from stream.settings import SourceSettings, Transport
-from stream.types import Emit, StopFlag, Stopped
+from stream.settings import Transport
 
+PORTS = {"rtsp": 554, "rtsps": 322}
 OPTIONS = {
     # A second less to open: the session description says what probing would find out. Not with fflags=nobuffer,
     # which throws away what little is probed: the first packet, and with it the first key frame.
     "analyzeduration": "0",
     "probesize": "32",
-    "protocol_whitelist": "rtsp,rtsps,rtp,srtp,udp,tcp,tls,crypto",
+    "protocol_whitelist": "rtsp,rtp,srtp,udp,tcp",
+    "format_whitelist": FORMATS,
 }
 UDP_OPTIONS = {
     # A key frame comes as a burst of hundreds of datagrams.
@@ -38,133 +35,54 @@ UDP_OPTIONS = {
     "max_delay": "100000",
 }
 
-REPORT_CHECK_NS = 200 * NS_PER_MS
-"""How often the sender's clock is looked at; it reports every few seconds."""
+
+def transports(link: Link) -> tuple[Transport, ...]:
+    """Ways for RTP to travel, in the order to be tried. Raises ``SourceError`` for one that may not be used."""
+    wanted = link.settings.transport
+    # Over UDP a server names where its datagrams come from, and FFmpeg sends its own there, unchecked.
+    tcp_only = link.guard is not None or link.settings.scheme == "rtsps"
+    if wanted is Transport.UDP and tcp_only:
+        raise link.failure(Failure.FORBIDDEN, "transport: udp is not for rtsps://, nor for the API; use transport: tcp")
+    if wanted is Transport.AUTO:
+        return (Transport.TCP,) if tcp_only else (Transport.TCP, Transport.UDP)
+    return (wanted,)
 
 
-class RtspSource:
-    """One connection to one camera."""
+def open_rtsp(link: Link, transport: Transport, media: list[str]) -> Connection:
+    """Connect, and ask for these kinds of media. Raises ``SourceError`` or ``av.error.FFmpegError``."""
+    check_network_url(link.settings.id, link.url)
+    options = OPTIONS | {"rtsp_transport": transport.value}
+    if transport is Transport.UDP:
+        options |= UDP_OPTIONS
+    if media:
+        options["allowed_media_types"] = "+".join(media)
+    if link.guard is None and link.settings.scheme == "rtsp":
+        return Connection(_open(link, link.url, options), close=lambda: None)
+    patience = Patience(link)
+    address = address_of(link, PORTS[link.settings.scheme])
+    relay = Relay(link, address, patience, tls=address.scheme == "rtsps", redirects=True)
+    try:
+        container = _open(link, address.url("rtsp", relay.authority), options, patience)
+    except BaseException:
+        relay.close()
+        raise
+    relay.opened()
+    patience.now_live()
+    return Connection(container, relay.close, patience)
 
-    def __init__(
-        self,
-        settings: SourceSettings,
-        inputs: tuple[VideoInput, ...],
-        audio_rate: int | None,
-        clock: Clock,
-        first_epoch: int = 0,
-        tap: Tap | None = None,
-    ) -> None:
-        """Raises ``SourceError`` when the address cannot be understood."""
-        self._settings = settings
-        self._inputs = inputs
-        self._audio_rate = audio_rate if settings.audio else None
-        self._clock = clock
-        self._url = settings.url.get_secret_value()
-        check_network_url(settings.id, self._url)
-        self._renderer = FrameRenderer()
-        self._first_epoch = first_epoch
-        self._tap = tap
-        self.stats = DecodeStats()
 
-    @property
-    def source_id(self) -> str:
-        """See ``stream.types.Source``."""
-        return self._settings.id
-
-    def run(self, emit: Emit, stop: StopFlag) -> None:
-        """See ``stream.types.Source``; ends within two read timeouts of ``stop``.
-
-        Raises ``SourceError`` when the camera cannot be reached, falls silent or ends the stream.
-        """
-        try:
-            with self._open() as container:
-                self._receive(container, emit, stop)
-        except Stopped:
-            return
-        except av.error.FFmpegError as error:
-            # The original names the address with its password.
-            raise map_av_error(self.source_id, self._url, error) from None
-
-    def _open(self) -> InputContainer:
-        settings = self._settings
-        options = OPTIONS | {"rtsp_transport": settings.transport.value}
-        if settings.transport is Transport.UDP:
-            options |= UDP_OPTIONS
-        wanted = [kind for kind, on in (("video", self._inputs), ("audio", self._audio_rate)) if on]
-        if wanted:
-            options["allowed_media_types"] = "+".join(wanted)
-        timeouts = (settings.open_timeout_s, settings.read_timeout_s)
-        started_ns = self._clock.monotonic_ns()
-        try:
-            return av.open(self._url, options=options, timeout=timeouts)
-        except av.error.FFmpegError:
-            # FFmpeg takes the silence of a server whose reading it broke off for an answer that makes no sense.
-            if self._clock.monotonic_ns() - started_ns >= settings.open_timeout_s * NS_PER_S:
-                raise failure(self.source_id, self._url, Failure.TIMEOUT) from None
-            raise
-
-    def _receive(self, container: InputContainer, emit: Emit, stop: StopFlag) -> None:
-        selected = select_streams(container, video=bool(self._inputs), audio=self._audio_rate is not None)
-        if not selected.streams:
-            raise failure(self.source_id, self._url, Failure.NO_STREAM)
-        tracks = selected.tracks(self._audio_rate)
-        assembler = Assembler(
-            self.source_id,
-            self._inputs,
-            tracks,
-            LiveCapture(self._clock if self._tap is None else self._tap.connected(selected.streams)),
-            self._renderer.render,
-            emit,
-            self.stats,
-            first_epoch=self._first_epoch,
-            first_reason="reconnect" if self._first_epoch else "start",
-        )
-        decoder = Decoder(self.source_id, self._url, selected, tracks.sample_rate, assembler, self.stats, live=True)
-        try:
-            self._read(container, selected, decoder, assembler, stop)
-        except (SourceError, av.error.FFmpegError):
-            self._finish(decoder, "lost")
-            raise
-        self._finish(decoder, "removed")
-
-    def _finish(self, decoder: Decoder, reason: str) -> None:
-        ended_ns = self._clock.monotonic_ns()
-        if self._tap is not None:
-            self._tap.ended(reason, ended_ns)
-        decoder.finish(reason, ended_ns)
-
-    def _read(
-        self,
-        container: InputContainer,
-        selected: Selected,
-        decoder: Decoder,
-        assembler: Assembler[av.VideoFrame],
-        stop: StopFlag,
-    ) -> None:
-        """Decode until told to stop. Raises ``SourceError`` when the stream ends or falls silent."""
-        newest_ns = report_due_ns = self._clock.monotonic_ns()
-        stall_ns = int(self._settings.stall_timeout_s * NS_PER_S)
-
-        def on_silence() -> bool:
-            if self._clock.monotonic_ns() - newest_ns >= stall_ns:
-                raise failure(self.source_id, self._url, Failure.STALLED)
-            return not stop.is_set()
-
-        for packet in read_packets(container, selected.streams, self.stats, on_silence):
-            if stop.is_set():
-                return
-            newest_ns = self._clock.monotonic_ns()
-            offset_ns = None
-            if newest_ns >= report_due_ns:
-                report_due_ns = newest_ns + REPORT_CHECK_NS
-                offset_ns = reported_offset_ns(packet)
-            if self._tap is not None:
-                self._tap.received(packet, newest_ns, offset_ns)
-            if offset_ns is not None:
-                assembler.sender_report(offset_ns)
-            decoder.feed(packet, newest_ns)
-        if not stop.is_set():
-            raise failure(self.source_id, self._url, Failure.ENDED)
+def _open(link: Link, url: str, options: dict[str, str], patience: Patience | None = None) -> InputContainer:
+    settings = link.settings
+    started_s = time.monotonic()
+    try:
+        return av.open(url, options=options, timeout=(settings.open_timeout_s, settings.read_timeout_s))
+    except av.error.FFmpegError:
+        if patience is not None and patience.error is not None:
+            raise patience.error from None
+        # FFmpeg takes the silence of a server whose reading it broke off for an answer that makes no sense.
+        if time.monotonic() - started_s >= settings.open_timeout_s:
+            raise link.failure(Failure.TIMEOUT) from None
+        raise
 
 
 def reported_offset_ns(packet: Packet[Stream]) -> int | None:
