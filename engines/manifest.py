@@ -20,7 +20,16 @@ tensor                    dtype      shape
 ``frame_mask``            float32    ``[batch, T]``, 1 where a frame was there, 0 where it was missing
 ``audio``                 float32    ``[batch, N]`` mono waveform in -1..1, zeros where not covered
 ``audio_mask``            float32    ``[batch]``, the covered share of the window's audio, 0..1
+``frames`` (stateful)     uint8      ``[batch, S, H, W, 3]``, the samples of one hop, each missing one
+                                     replaced by the newest before it; with look-back
+                                     ``[batch, S, 2, H, W, 3]``
+``frame_mask`` (stateful) float32    ``[batch, S]``, 1 where the window has a frame at or before the
+                                     sample
+states (in, out)          any        ``[batch, ...]``, named by the branch, the same size in and out;
+                                     zeros are the empty past
 ========================  =========  ==============================================================
+
+A stateful graph answers for the newest of its samples; what it hears is the whole window's audio.
 """
 
 from __future__ import annotations
@@ -34,6 +43,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
 from engines.errors import ManifestError, PackIntegrityError, PackNotFound
+from engines.stateful import check_states
 
 MANIFEST_FILE = "manifest.json"
 PARITY_FILE = "parity.json"
@@ -224,6 +234,15 @@ class Head(_Strict):
         return self
 
 
+class StateSpec(_Strict):
+    """A tensor that a stateful graph hands on from one hop of a source to the next."""
+
+    input: Name
+    """Input of the window graph; zeros at the start of an epoch."""
+    output: Name
+    """Output of the window graph that is this input at the next hop."""
+
+
 class Branch(_Strict):
     """One sliding window and the graphs that answer it."""
 
@@ -237,6 +256,8 @@ class Branch(_Strict):
     """Per-frame graph of a staged branch."""
     graph: Name
     """Window graph."""
+    states: tuple[StateSpec, ...] = ()
+    """What the window graph of a stateful branch hands on."""
     heads: tuple[Head, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -247,6 +268,10 @@ class Branch(_Strict):
             raise ValueError(f"branch {self.name}: an encoder goes with staged mode, and only with it")
         if self.mode is Mode.STAGED and self.video is None:
             raise ValueError(f"branch {self.name}: staged mode needs video")
+        if (self.mode is Mode.STATEFUL) != bool(self.states):
+            raise ValueError(f"branch {self.name}: states go with stateful mode, and only with it")
+        if self.mode is Mode.STATEFUL and (self.video is None or self.window_ns % self.hop_ns):
+            raise ValueError(f"branch {self.name}: stateful mode needs video, and a window of whole hops")
         if self.video is not None:
             for what, duration in (("window", self.window_ns), ("hop", self.hop_ns)):
                 if (self.video.fps * duration / NS_PER_S).denominator != 1:
@@ -309,6 +334,8 @@ class Manifest(_Strict):
             for head in branch.heads:
                 if missing := {head.output, *head.without.values()} - outputs:
                     raise ValueError(f"head {head.name} reads {sorted(missing)}, not outputs of graph {branch.graph}")
+            if branch.mode is Mode.STATEFUL:
+                check_states(branch, graphs[branch.graph])
         return self
 
     def graph(self, name: str) -> GraphSpec:

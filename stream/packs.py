@@ -15,7 +15,8 @@ from engines.open import PACKS_FOLDER, LoadedPack, find_pack, open_pack
 from engines.parity import read_parity
 from stream.errors import SettingsError
 from stream.event_format import PackInfo
-from stream.inference import FeatureStore, PackRunner
+from stream.inference import PackRunner
+from stream.memory import SourceMemory
 from stream.sampling import distinct_inputs
 from stream.settings import PackSettings, Settings, SourceSettings
 from stream.windows import Watch
@@ -63,7 +64,7 @@ class Generation:
 
     def __init__(self, pack: ServedPack) -> None:
         self.pack = pack
-        self.store = FeatureStore()
+        self.store = SourceMemory()
         self.runners = tuple(PackRunner(copy, self.store) for copy in pack.copies)
 
     def warm_up(self, max_batch: int) -> None:

@@ -20,7 +20,9 @@ from models.data.manifest import Row
 from models.errors import DataError, ModelError
 from models.metrics import auroc
 from stream.accounting import Ledger
-from stream.inference import FeatureStore, PackRunner, sample_frames
+from stream.inference import PackRunner
+from stream.memory import SourceMemory
+from stream.samples import samples_of
 from stream.types import ClipWindow
 from stream.windows import Grace, SourceWindows, Watch
 from tests.stream.ingest.media import Clip, make_clip, run_source
@@ -124,11 +126,11 @@ def test_windows_are_those_of_the_service(pack: LoadedPack, name: str) -> None:
     ours = [(part, n) for part in row_windows("here", Row(path=path), branch) for n in range(len(part.samples))]
     assert len(ours) == len(theirs)
     for (part, n), window in zip(ours, theirs, strict=True):
-        wanted = [sample_frames(window, t) for t in range(8)]
+        wanted = samples_of(window)
         present = part.present[part.samples[n]]
-        assert present.tolist() == [sample[-1] is not None for sample in wanted]
+        assert present.tolist() == [sample is not None for sample in wanted]
         for t in np.flatnonzero(present):
-            pair = np.stack([frame.image for frame in wanted[t] if frame is not None])
+            pair = np.stack([frame.image for frame in wanted[t] or ()])
             assert np.array_equal(part.frames[part.samples[n, t]], pair)
         assert window.audio is not None
         np.testing.assert_allclose(part.audio[n], window.audio, atol=1e-5)
@@ -140,7 +142,7 @@ def test_scores_are_those_of_the_service(pack: LoadedPack, tiny_pack: Path, clip
     names, loud = ("dark.mp4", "beep.mp4", "bright.mp4"), []
     for name in names:
         windows = service_windows(clips / name, branch)
-        answers = PackRunner(pack, FeatureStore()).run(branch.name, tuple(windows))
+        answers = PackRunner(pack, SourceMemory()).run(branch.name, tuple(windows))
         loud.append(np.mean([action.scores[2] for action, _ in answers if action.scores is not None]))
     table = manifest(clips, "loud.csv", "path,label:action\ndark.mp4,bright\nbeep.mp4,loud\nbright.mp4,bright\n")
     found = evaluate(tiny_pack, table)
@@ -182,7 +184,7 @@ def test_long_rows_are_read_in_pieces(pack: LoadedPack, tmp_path: Path) -> None:
     assert sum(len(part.samples) for part in parts) == len(theirs)
     frames = np.concatenate([part.frames[part.samples] for part in parts])
     wanted = np.stack(
-        [np.stack([np.stack([f.image for f in sample_frames(w, t) if f]) for t in range(8)]) for w in theirs]
+        [np.stack([np.stack([f.image for f in sample or ()]) for sample in samples_of(w)]) for w in theirs]
     )
     assert np.array_equal(frames, wanted)
 

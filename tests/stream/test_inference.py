@@ -12,7 +12,8 @@ import pytest
 from engines.manifest import Branch, Manifest
 from engines.open import LoadedPack, open_pack
 from stream.accounting import Ledger
-from stream.inference import FeatureStore, PackRunner, activate
+from stream.inference import PackRunner, activate
+from stream.memory import SourceMemory
 from stream.types import AudioChunk, CaptureClock, ClipWindow, ClockOrigin, EpochEnd, EpochStart, Frame, MediaItem
 from stream.windows import Grace, SourceWindows, Watch
 
@@ -64,58 +65,58 @@ def test_staged_in_any_batching_equals_each_window_alone(pack: LoadedPack) -> No
     assert len(cut) == 9
     alone = {}
     for window in cut:
-        alone |= scores(PackRunner(pack, FeatureStore()), "watch", [[window]])
+        alone |= scores(PackRunner(pack, SourceMemory()), "watch", [[window]])
     for sizes in ([1] * 9, [9], [2, 3, 4]):
-        store = FeatureStore()
+        memory = SourceMemory()
         edges = np.cumsum([0, *sizes])
         batches = [cut[a:b] for a, b in itertools.pairwise(edges)]
-        together = scores(PackRunner(pack, store), "watch", batches)
+        together = scores(PackRunner(pack, memory), "watch", batches)
         for index, expected in alone.items():
             np.testing.assert_allclose(together[index], expected, atol=1e-6)
-        assert store.encoded == 24, "6 s at 4 samples a second, each once"
-        assert store.reused == 9 * 8 - 24
+        assert memory.encoded == 24, "6 s at 4 samples a second, each once"
+        assert memory.reused == 9 * 8 - 24
 
 
 def test_sources_of_one_batch_do_not_share_features(pack: LoadedPack) -> None:
     one = windows(branch(pack.manifest, "watch"), source="one", seed=1)
     two = windows(branch(pack.manifest, "watch"), source="two", seed=2)
-    runner = PackRunner(pack, FeatureStore())
+    runner = PackRunner(pack, SourceMemory())
     mixed = runner.run("watch", (one[0], two[0], one[1]))
     for window, predictions in zip((one[0], two[0], one[1]), mixed, strict=True):
-        (alone,) = PackRunner(pack, FeatureStore()).run("watch", (window,))
+        (alone,) = PackRunner(pack, SourceMemory()).run("watch", (window,))
         np.testing.assert_allclose(predictions[0].scores, alone[0].scores, atol=1e-6)  # type: ignore[arg-type]
 
 
 def test_an_epoch_that_repeats_the_pts_of_the_last_gets_features_of_its_own(pack: LoadedPack) -> None:
     watch = branch(pack.manifest, "watch")
-    runner = PackRunner(pack, FeatureStore())
+    runner = PackRunner(pack, SourceMemory())
     runner.run("watch", tuple(windows(watch, epoch=0, seed=3)[:1]))
     again = windows(watch, epoch=1, seed=4)[:1]
     (after,) = runner.run("watch", tuple(again))
-    (alone,) = PackRunner(pack, FeatureStore()).run("watch", tuple(again))
+    (alone,) = PackRunner(pack, SourceMemory()).run("watch", tuple(again))
     np.testing.assert_allclose(after[0].scores, alone[0].scores, atol=1e-6)  # type: ignore[arg-type]
 
 
 def test_memory_of_a_source_is_bounded_and_freed(pack: LoadedPack) -> None:
-    store = FeatureStore()
-    runner = PackRunner(pack, store)
+    memory = SourceMemory()
+    runner = PackRunner(pack, memory)
     for window in windows(branch(pack.manifest, "watch"), seconds=20):
         runner.run("watch", (window,))
-        assert len(store.rows(window)) <= 8
-    store.forget("cam")
-    assert store.sources == 0
+        assert len(memory.features.rows(window)) <= 8
+    memory.forget("cam")
+    assert memory.features.sources == 0
 
 
 def test_missing_frames_change_nothing_but_the_mask(pack: LoadedPack) -> None:
     cut = windows(branch(pack.manifest, "watch"), lose=tuple(range(20, 40)))
     assert cut[0].missing_frames > 0
-    for window, predictions in zip(cut, PackRunner(pack, FeatureStore()).run("watch", tuple(cut)), strict=True):
+    for window, predictions in zip(cut, PackRunner(pack, SourceMemory()).run("watch", tuple(cut)), strict=True):
         for prediction in predictions:
             assert prediction.scores is not None and np.isfinite(prediction.scores).all(), window
 
 
 def test_a_clip_branch_repeats_the_nearest_frame_for_a_missing_one(pack: LoadedPack) -> None:
-    (predictions,) = PackRunner(pack, FeatureStore()).run("scene", tuple(windows(branch(pack.manifest, "scene"))[:1]))
+    (predictions,) = PackRunner(pack, SourceMemory()).run("scene", tuple(windows(branch(pack.manifest, "scene"))[:1]))
     assert predictions[0].mask is not None and predictions[0].mask.dtype == np.uint8
 
 

@@ -1,0 +1,41 @@
+"""The samples of a window: which are there, and their frames as graphs take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.manifest import VideoInput
+from stream.types import ClipWindow, Frame
+
+FrameKey = tuple[int, ...]
+"""pts of a sample's frame, with look-back of both its frames."""
+Sample = tuple[Frame, ...]
+"""Frames of a sample that is there; with look-back two, the earlier first."""
+
+
+def sample_keys(window: ClipWindow) -> list[FrameKey | None]:
+    """Per sample the pts of its frames, ``None`` where the frame is missing."""
+    return [None if row[-1] < 0 else tuple(row) for row in window.frame_pts_ns.tolist()]
+
+
+def samples_of(window: ClipWindow) -> list[Sample | None]:
+    """Every sample, ``None`` where it is missing."""
+    count, lookbacks = window.frame_pts_ns.shape
+    rows = [window.frames[n * lookbacks : (n + 1) * lookbacks] for n in range(count)]
+    return [None if row[-1] is None else tuple(frame for frame in row if frame is not None) for row in rows]
+
+
+def pictures(samples: Sequence[Sample | None], video: VideoInput) -> NDArray[np.uint8]:
+    """uint8 ``[N, H, W, 3]``, with look-back ``[N, 2, H, W, 3]``; black where there is no sample."""
+    lookbacks = 1 if video.lookback_ns is None else 2
+    out = np.empty((len(samples), lookbacks, video.height, video.width, 3), np.uint8)
+    for n, sample in enumerate(samples):
+        if sample is None:
+            out[n] = 0
+            continue
+        for place, frame in enumerate(sample):
+            out[n, place] = frame.image
+    return out if video.lookback_ns is not None else out[:, 0]
