@@ -259,7 +259,9 @@ class SourceWindows:
                 for cutter in self._cutters:
                     cutter.clock = item.clock
             case Elapsed():
-                closed = self.poll(item.arrival_ns)
+                while (due_ns := self.deadline_ns) is not None and due_ns < item.arrival_ns:
+                    closed += self.poll(due_ns)
+                closed += self.poll(item.arrival_ns)
             case _:
                 for cutter in self._cutters:
                     closed += cutter.push(item, now_ns)

@@ -8,14 +8,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import get_args
+from typing import Final, get_args
 
 import av
 import av.error
+import numpy as np
+from av.audio.codeccontext import AudioCodecContext
+from av.audio.stream import AudioStream
 from av.bitstream import BitStreamFilterContext
+from av.codec.context import CodecContext
 from av.container import InputContainer, OutputContainer
 from av.packet import Packet, PacketSideData, PktSideDataT
 from av.stream import Disposition, Stream
+from numpy.typing import NDArray
 
 from stream.errors import SightwireError
 from stream.ingest.decode import MediaStream, frame_interval_ns
@@ -47,6 +52,9 @@ _READ = {
     "fflags": "nofillin+noparse",
     "analyzeduration": "0",
 }
+_EXPANDED = ("pcm_mulaw", "pcm_alaw")
+"""Codecs of telephony, which PyAV does not put into Matroska: kept as the 16-bit samples that they stand for."""
+_PCM: Final = "pcm_s16le"
 _PARAMETER_SETS = ("h264", "hevc")
 """Codecs that Matroska wants to know the parameter sets of beforehand."""
 
@@ -91,11 +99,17 @@ class Template:
     def __init__(self, streams: tuple[MediaStream, ...]) -> None:
         self._container = av.open(io.BytesIO(), "w", format="matroska")
         try:
-            self.streams = tuple(self._container.add_stream_from_template(stream, opaque=True) for stream in streams)
+            self.streams = tuple(_add_stream(self._container, stream) for stream in streams)
         except ValueError:
             names = ", ".join(stream.codec_context.name for stream in streams)
             raise CannotRecord(f"Matroska does not hold one of its codecs ({names})") from None
         self.tracks = tuple(_track(stream) for stream in streams)
+        self.expansions = {
+            index: _sample_table(stream.codec_context.name)
+            for index, stream in enumerate(streams)
+            if stream.codec_context.name in _EXPANDED
+        }
+        """int16 ``[256]`` by track: the sample that each byte stands for."""
         self.key = tuple(_parameters(stream) for stream in streams)
         """What a file's header says of them: connections that agree in it may share a file."""
 
@@ -114,6 +128,21 @@ class Template:
             if filtered.has_sidedata("new_extradata"):
                 return bytes(filtered.get_sidedata("new_extradata"))
         return None
+
+
+def _add_stream(container: OutputContainer, stream: MediaStream) -> MediaStream:
+    """A stream for the same packets. Raises ``ValueError`` for a codec that the container does not hold."""
+    if isinstance(stream, AudioStream) and stream.codec_context.name in (*_EXPANDED, _PCM):
+        return container.add_stream(_PCM, rate=stream.sample_rate, layout=stream.layout.name)
+    return container.add_stream_from_template(stream, opaque=True)
+
+
+def _sample_table(codec: str) -> NDArray[np.int16]:
+    decoder = CodecContext.create(codec, "r")
+    assert isinstance(decoder, AudioCodecContext)
+    decoder.sample_rate, decoder.layout = 8000, "mono"
+    (frame,) = decoder.decode(Packet(bytes(range(256))))
+    return np.ascontiguousarray(frame.to_ndarray()[0])
 
 
 def _track(stream: MediaStream) -> Track:
@@ -142,13 +171,14 @@ class PartWriter:
         self._container.metadata[TAG] = title.to_text()
         self._tracks = []
         for index, stream in enumerate(template.streams):
-            track = self._container.add_stream_from_template(stream, opaque=True)
+            track = _add_stream(self._container, stream)
             if index in extradata:
                 track.codec_context.extradata = extradata[index]
             self._tracks.append(track)
         self._notes = self._container.add_mux_stream("subrip")
         self._notes.disposition = Disposition(0)
         self._time = PlayTime()
+        self._expansions = template.expansions
         self._bases = [Fraction(*track.time_base) for track in template.tracks]
 
     @property
@@ -159,7 +189,7 @@ class PartWriter:
     def write(self, media: Media) -> None:
         """Append a packet."""
         stamp, base = media.stamp, self._bases[media.track]
-        packet = Packet(media.data)
+        packet = Packet(self._expand(media))
         packet.stream = self._tracks[media.track]
         packet.time_base = Fraction(1, 1000)
         packet.pts, packet.dts = self._time.place(media.track, _ns(stamp.pts, base), _ns(stamp.dts, base))
@@ -168,6 +198,12 @@ class PartWriter:
         # Matroska's BlockAddID, then what it holds.
         _set_side(packet, _BLOCK_ADDITIONAL, (1).to_bytes(8, "big") + stamp.pack(SIDE_NAMES))
         self._container.mux(packet)
+
+    def _expand(self, media: Media) -> bytes:
+        table = self._expansions.get(media.track)
+        if table is None:
+            return media.data
+        return table[np.frombuffer(media.data, np.uint8)].astype("<i2").tobytes()
 
     def note(self, note: Note) -> None:
         """Append a note."""
