@@ -19,7 +19,6 @@ from engines.cache import write_atomically
 from engines.manifest import Manifest, PackSource
 from export.adapters.common import ExportOptions
 from export.build import ExportError, PackToWrite
-from export.model import read_model
 from export.onnx import base_pack
 from models.errors import ModelError
 
@@ -124,6 +123,9 @@ def _read(manifest: Manifest, note: Note | None) -> PackToWrite:
     if (weights := packaged(name)) is not None:
         return base_pack(weights)
     if note is not None:
+        # Other models need more packages than the base pack.
+        from export.model import read_model
+
         return read_model(note.model, note.options)
     raise SourceNotAtHand(
         "it does not say what it was exported from" if source is None else f"{name} was exported on another machine"
