@@ -57,7 +57,7 @@ def sound(rate_error: float, seconds: float) -> Iterator[AudioFrame]:
 def windows(rate_error: float, seconds: float) -> Iterator[ClipWindow]:
     clock = CaptureClock(ClockOrigin.RTCP_SR, 1.0, 0)
     start = EpochStart("cam", 0, "e", 0, True, True, NS_PER_S // 25, clock, True, 0)
-    cutter = SourceWindows([Watch("p", BRANCH)], Grace(NS_PER_S // 2, None), Ledger())
+    cutter = SourceWindows([Watch("p", BRANCH)], Grace(NS_PER_S // 2, None), Ledger(checked=True))
     yield from cutter.push(start, 0)
     resampler = MonoResampler(RATE)
     for frame in sound(rate_error, seconds):
