@@ -25,6 +25,7 @@ from stream.types import (
     MediaItem,
     Prediction,
     Progress,
+    TextItem,
     WindowKey,
 )
 from stream.windows import Grace, SourceWindows, Watch
@@ -65,7 +66,7 @@ OfferWindow = Callable[[ClipWindow, bool], None]
 
 def droppable(item: MediaItem) -> bool:
     """Media may be dropped under overload, the marks that hold the timeline together may not."""
-    return isinstance(item, (Frame, AudioChunk, Progress))
+    return isinstance(item, (Frame, AudioChunk, TextItem, Progress))
 
 
 @dataclass(frozen=True, slots=True)

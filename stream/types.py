@@ -138,6 +138,24 @@ class AudioChunk(_ShapedRepr):
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
+class TextItem(_ShapedRepr):
+    """A caption, transcript or note that belongs to a stretch of the media timeline."""
+
+    source_id: str
+    """The source."""
+    epoch: int
+    """Its epoch."""
+    pts_ns: int
+    """When it begins."""
+    end_ns: int
+    """When it is over; ``pts_ns`` for what was said at an instant."""
+    arrival_ns: int
+    """When it arrived."""
+    text: str
+    """What it says."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Progress(_ShapedRepr):
     """Video is complete up to (not including) ``pts_ns``: a later frame was decoded, sampled or not."""
 
@@ -189,7 +207,7 @@ class Elapsed(_ShapedRepr):
     """Time of arrival of what comes next."""
 
 
-MediaItem = EpochStart | Frame | AudioChunk | Progress | ClockUpdate | Elapsed | EpochEnd
+MediaItem = EpochStart | Frame | AudioChunk | TextItem | Progress | ClockUpdate | Elapsed | EpochEnd
 """What a source emits, in this order: ``EpochStart``, media, ``EpochEnd``, ``EpochStart``, …"""
 
 Emit = Callable[[MediaItem], None]

@@ -30,11 +30,14 @@ from stream.types import (
     Frame,
     MediaItem,
     Progress,
+    TextItem,
     WindowKey,
 )
 
 QUIET_NS = 5 * NS_PER_S
 """A track that is this far behind has fallen silent: windows do not wait for it until it speaks again."""
+TEXTS_KEPT = 256
+"""More texts than any window holds; a source that sends more loses the oldest."""
 RECORDING_GRACE_NS = 5 * NS_PER_S
 """Media time a recording's late modality is given at least: files interleave coarsely, and nobody waits."""
 
@@ -71,6 +74,8 @@ class WindowCutter:
             capacity_ns = branch.window_ns + 2 * branch.hop_ns + grace.media_ns + NS_PER_S
             hop = ledger.hop(epoch.source_id, "window_audio_samples")
             self.audio = AudioTrack(branch.audio.sample_rate, epoch, capacity_ns, hop)
+        self._texts: list[TextItem] = []
+        self._text_hop = ledger.hop(epoch.source_id, "window_texts")
         self._wants_video = branch.video is not None and epoch.has_video
         self._wants_audio = branch.audio is not None and epoch.has_audio
 
@@ -105,6 +110,28 @@ class WindowCutter:
                 if self.frames is not None:
                     self.frames.watermark_ns = max(self.frames.watermark_ns, item.pts_ns)
         return self.poll(now_ns)
+
+    def push_text(self, item: TextItem) -> None:
+        """Keep a text for every window that it falls into; one whose windows are closed comes too late."""
+        self._text_hop.entered += 1
+        if self.idle or max(item.end_ns, item.pts_ns + 1) <= self._start_ns:
+            self._text_hop.drop("late")
+            return
+        if len(self._texts) >= TEXTS_KEPT:
+            del self._texts[0]
+            self._text_hop.drop("overflow")
+        self._texts.append(item)
+
+    def _texts_until(self, end_ns: int) -> tuple[str, ...]:
+        """Those of the window that ends then, in the order of their times."""
+        return tuple(item.text for item in sorted(self._texts, key=lambda item: item.pts_ns) if item.pts_ns < end_ns)
+
+    def _forget_texts(self, before_ns: int | None = None) -> None:
+        kept = (
+            [] if before_ns is None else [item for item in self._texts if max(item.end_ns, item.pts_ns + 1) > before_ns]
+        )
+        self._text_hop.left += len(self._texts) - len(kept)
+        self._texts = kept
 
     def _push_audio(self, track: AudioTrack, chunk: AudioChunk, now_ns: int) -> list[ClipWindow]:
         """Write a chunk piece by piece, closing windows in between, so that one of any length fits the buffer."""
@@ -178,6 +205,7 @@ class WindowCutter:
                 closed.append(self._close(now_ns))
         if self.frames is not None:
             self.frames.clear()
+        self._forget_texts()
         return closed
 
     def _close(self, now_ns: int) -> ClipWindow:
@@ -198,7 +226,7 @@ class WindowCutter:
             audio=audio,
             audio_coverage=coverage,
             missing_frames=sum(1 for row in rows if row[-1] is None),
-            text=(),
+            text=self._texts_until(end_ns),
             clock=self.clock,
             arrival_ns=self._arrival_ns,
             closed_ns=now_ns,
@@ -220,6 +248,7 @@ class WindowCutter:
         self._index += 1
         self._any_closed = True
         self._passed_at_ns = None
+        self._forget_texts(self._start_ns)
         if self.frames is not None:
             self.frames.forget_before(self._start_ns)
         if self.audio is not None:
@@ -262,6 +291,9 @@ class SourceWindows:
                 while (due_ns := self.deadline_ns) is not None and due_ns < item.arrival_ns:
                     closed += self.poll(due_ns)
                 closed += self.poll(item.arrival_ns)
+            case TextItem():
+                for cutter in self._cutters:
+                    cutter.push_text(item)
             case _:
                 for cutter in self._cutters:
                     closed += cutter.push(item, now_ns)
