@@ -213,7 +213,7 @@ async def _run_and_publish(
             http = None
             if listener is not None:
                 routers = (
-                    sources_router(service.sources, clock, service.check_source),
+                    sources_router(service.sources, clock),
                     packs_router(lambda: service.packs, lambda: list(service.failed_packs.values()), service.swaps),
                 )
                 app = create_app(settings.http, service.metrics.registry, service.ready.is_set, routers)

@@ -68,7 +68,7 @@ class Service:
         self._open_source = opener
         self.ledger = Ledger(checked=settings.check_books)
         self.metrics = Metrics(self.ledger)
-        self.sources = Sources(self._make_source, self._source_ended, self._forget_source)
+        self.sources = Sources(self._check_source, self._make_source, self._source_ended, self._forget_source)
         self.ready = asyncio.Event()
         """Set once the engines are warm and the sources started."""
         self.events_made = 0
@@ -161,9 +161,9 @@ class Service:
         Sources that came through the API are left alone. Returns what was done, in words. A source that cannot be
         watched is logged and left as it is.
         """
-        return await self.sources.follow(settings.sources, self.check_source)
+        return await self.sources.follow(settings.sources)
 
-    def check_source(self, settings: SourceSettings) -> None:
+    def _check_source(self, settings: SourceSettings) -> None:
         """Raises ``SettingsError`` for a source that the packs of this service cannot watch."""
         audio_rate(settings, self._watches(settings))
 

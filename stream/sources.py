@@ -64,16 +64,18 @@ class RunningSource:
 class Sources(Mapping[str, RunningSource]):
     """Runs sources side by side. One that is added, changed or removed leaves the others alone.
 
-    ``make`` puts a source together, raising ``SettingsError`` for settings that do not fit. ``ended`` is told of a
-    source that runs no more, after its last event has been handed over; ``forget`` of one that was removed.
+    ``check`` raises ``SettingsError`` for settings that do not fit, ``make`` puts a source together. ``ended`` is told
+    of a source that runs no more, after its last event has been handed over; ``forget`` of one that was removed.
     """
 
     def __init__(
         self,
+        check: Callable[[SourceSettings], None],
         make: Callable[[SourceSettings], RunningSource],
         ended: Callable[[RunningSource], None],
         forget: Callable[[RunningSource], None],
     ) -> None:
+        self._check = check
         self._make = make
         self._ended = ended
         self._forget = forget
@@ -124,6 +126,7 @@ class Sources(Mapping[str, RunningSource]):
         with self._change(settings.id):
             if settings.id in self._running:
                 raise SourceExists(f"source {settings.id} is there already; change it, or choose another id")
+            self._check(settings)
             return self._start(settings)
 
     async def remove(self, source_id: str) -> None:
@@ -138,8 +141,7 @@ class Sources(Mapping[str, RunningSource]):
         """
         with self._change(settings.id):
             self.known(settings.id)
-            # Puts together what will run, so that settings that do not fit are refused while the old one still runs.
-            self._make(settings)
+            self._check(settings)
             await self._end(settings.id)
             return self._start(settings)
 
@@ -147,7 +149,7 @@ class Sources(Mapping[str, RunningSource]):
         """End a source and start it anew, at once. Raises ``UnknownSource`` or ``SourceBusy``."""
         return await self.replace(self.known(source_id).settings)
 
-    async def follow(self, wanted: Iterable[SourceSettings], check: Callable[[SourceSettings], None]) -> str:
+    async def follow(self, wanted: Iterable[SourceSettings]) -> str:
         """Make the trusted sources these, leaving those alone that do not differ; returns what was done, in words.
 
         A source that cannot be changed is logged and left as it is.
@@ -163,7 +165,6 @@ class Sources(Mapping[str, RunningSource]):
                     continue
                 if new[source_id] == old.get(source_id):
                     continue
-                check(new[source_id])
                 if source_id in self:
                     await self.replace(new[source_id])
                     done["changed"].append(source_id)

@@ -56,7 +56,7 @@ async def serving(tiny_pack: Path, home: Path, **more: Any) -> AsyncIterator[Run
         settings.http,
         service.metrics.registry,
         service.ready.is_set,
-        [sources_router(service.sources, clock, service.check_source)],
+        [sources_router(service.sources, clock)],
     )
     running = asyncio.create_task(service.run())
     await service.ready.wait()
