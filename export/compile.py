@@ -75,6 +75,7 @@ def compile_pack(
     modules: Mapping[str, nn.Module] | None = None,
     device: str | None = None,
     threads: int = 1,
+    engines: int = 1,
     cache: Path | None = None,
 ) -> list[CompileResult]:
     """Compile every graph of a pack, measure it on real clips, and write what was measured into ``parity.json``.
@@ -83,8 +84,9 @@ def compile_pack(
     batch sizes finds them. A graph that has no file for the precision is converted first. Engines are compared with
     ``references`` (PyTorch, by graph), by default with the pack's own fp32 graphs, whose parity with PyTorch is in the
     report. ``auto`` compiles for every backend that is installed, at this precision and the more exact ones that the
-    pack has files for, and says by ``chosen`` which is fastest. ``torch`` needs ``modules``, by graph: a pack holds no
-    PyTorch program, since torch stores programs with pickles in them, which are never loaded.
+    pack has files for, and says by ``chosen`` which is fastest where ``engines`` of them run at once. ``torch`` needs
+    ``modules``, by graph: a pack holds no PyTorch program, since torch stores programs with pickles in them, which are
+    never loaded.
 
     Raises ``PackNotFound``, ``ManifestError``, ``PackIntegrityError``, ``ConversionError``, ``BackendUnavailable``
     when the backend is not there for compiling, ``GraphLoadError`` naming pack, graph and remedy, ``InferenceError``,
@@ -101,7 +103,8 @@ def compile_pack(
     variants = dict.fromkeys(v for b, p in wanted if p == precision and (v := variant_for(b, p)) is not None)
     manifest = add_variants(folder, tuple(variants), clips, progress=progress)
     cache = cache or user_cache()
-    options = EngineOptions(precision, threads, device, None if cache is None else cache / ENGINES_FOLDER)
+    compiled = None if cache is None else cache / ENGINES_FOLDER
+    options = EngineOptions(precision, threads, device, compiled, engines)
     with ExitStack() as stack:
         given = references or stack.enter_context(fp32_references(folder, manifest))
         trial = Trial.on_clips(folder, manifest, given, clips, windows_per_clip=3, batch_sizes=(1, 4))

@@ -49,7 +49,8 @@ WINDOWS_PER_CLIP = 6
 _LAYERS = ("Conv", "Gemm", "MatMul")
 # Activations are named so that a layer and its activation become one, with the range of what comes out of both.
 _QUANTISED = (*_LAYERS, "Add", "Clip", "Relu")
-_FLOAT_FIRST = (0, 3, 6, 12, 24)
+_COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
+_FLOAT_FIRST = (0, 1, 3, 6, 12, 24)
 _SHARE = 0.75
 """Of a bound, that a conversion may use up: other clips show other errors."""
 
@@ -204,11 +205,14 @@ def _before_logarithms(model: onnx.ModelProto) -> set[str]:
 
 
 def _on_float_inputs(model: onnx.ModelProto) -> set[str]:
-    """Layers that a float input reaches without another layer between."""
+    """Layers that a float input reaches without another layer between.
+
+    Where it is only compared with something, as a mask is, its range is no matter.
+    """
     given = {port.name for port in model.graph.input if port.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
     found = set()
     for node in model.graph.node:
-        if given.isdisjoint(node.input):
+        if given.isdisjoint(node.input) or node.op_type in _COMPARISONS:
             continue
         if node.op_type in _LAYERS:
             found.add(node.name)

@@ -199,6 +199,30 @@ def test_auto_measures_once_and_remembers(tiny: Path, tmp_path: Path, monkeypatc
     assert open_pack(tiny, cache=tmp_path).backend == "onnxruntime"
 
 
+def test_auto_measures_close_candidates_twice(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    times = {"onnxruntime": [1.2, 0.9], "openvino": [1.0, 1.1]}
+
+    def measure(
+        folder: Path, manifest: Manifest, candidate: auto.Candidate, graphs: list[str], options: backends.EngineOptions
+    ) -> auto.Times:
+        ms = times[candidate[0]].pop(0)
+        return {graph: {1: ms} for graph in graphs}
+
+    monkeypatch.setattr(auto, "_measure_apart", measure)
+    # In the first round something else slowed the faster one.
+    assert open_pack(tiny, cache=tmp_path).backend == "onnxruntime"
+    assert times == {"onnxruntime": [], "openvino": []}
+
+
+def test_auto_times_no_batch_that_is_not_run_at_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = read_manifest(tiny).graph("watch_encoder")
+    assert auto._batches(graph, "cpu") == [1, 4]
+    monkeypatch.setattr("engines.split.PART_BYTES", 1)
+    assert auto._batches(graph, "cpu") == [1]
+    assert auto._batches(graph, "cuda") == [1, 4]
+
+
 def test_auto_takes_what_can_be_measured(tiny: Path, tmp_path: Path) -> None:
     """The real measurement, in processes of their own."""
     manifest = read_manifest(tiny)

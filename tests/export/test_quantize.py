@@ -16,7 +16,7 @@ from engines.errors import BackendUnavailable, ConversionError, PackIntegrityErr
 from engines.manifest import Variant, check_integrity, read_manifest, write_manifest
 from engines.measure import random_batch
 from engines.types import Array
-from export.quantize import add_variants
+from export.quantize import _on_float_inputs, add_variants
 
 
 def run(folder: Path, precision: str) -> dict[str, Array]:
@@ -82,6 +82,21 @@ def test_a_bound_that_cannot_be_kept_is_an_error_and_leaves_no_file(conv_pack: A
         add_variants(folder, ["fp16"], [conv_pack.clip])
     assert not (folder / "small.fp16.onnx").exists()
     assert read_manifest(folder).graph("small").variants == {}
+
+
+def test_a_layer_is_not_on_a_float_input_that_is_only_compared() -> None:
+    """A mask says which frames count; how large its numbers are is no matter."""
+    nodes = [
+        onnx.helper.make_node("Greater", ["mask", "zero"], ["there"], "compare"),
+        onnx.helper.make_node("Where", ["there", "pixels", "zero"], ["seen"], "choose"),
+        onnx.helper.make_node("MatMul", ["seen", "weight"], ["a"], "after_choice"),
+        onnx.helper.make_node("Mul", ["mask", "pixels"], ["weighed"], "weigh"),
+        onnx.helper.make_node("MatMul", ["weighed", "weight"], ["b"], "after_product"),
+    ]
+    mask = onnx.helper.make_tensor_value_info("mask", onnx.TensorProto.FLOAT, ["batch", 4])
+    pixels = onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.UINT8, ["batch", 4])
+    graph = onnx.helper.make_graph(nodes, "g", [mask, pixels], [])
+    assert _on_float_inputs(onnx.helper.make_model(graph)) == {"after_product"}
 
 
 def test_layers_stay_in_float_until_the_bound_is_kept(conv_pack: Any) -> None:
