@@ -115,6 +115,8 @@ class NetworkSource:
         except av.error.FFmpegError as error:
             if link.stop.is_set():
                 return
+            if connection is not None and connection.patience is not None and connection.patience.error is not None:
+                raise connection.patience.error from None
             # The original names the address with its password.
             raise map_av_error(self.source_id, self._url, error) from None
         except SourceError:

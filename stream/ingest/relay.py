@@ -35,6 +35,7 @@ class Relay:
         self._patience = patience
         self._tls = tls
         self._watched = redirects
+        self._opened = False
         self._closing = threading.Event()
         first = self._connect()
         try:
@@ -54,6 +55,7 @@ class Relay:
     def opened(self) -> None:
         """FFmpeg has read the headers: it follows no redirect and makes no further connection from here on."""
         self._watched = False
+        self._opened = True
 
     def close(self) -> None:
         """End the connection and the thread."""
@@ -102,6 +104,9 @@ class Relay:
                 if server in ready:
                     data = _received(server)
                     if not data:
+                        # Before, it may close for the client to come again.
+                        if self._opened:
+                            self._patience.fail(self._link.failure(Failure.ENDED))
                         return
                     self._patience.got_data()
                     if self._watched:
