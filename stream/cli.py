@@ -118,10 +118,13 @@ def settings_from(
     backend: str | None = None,
     fast: bool = False,
     loop: bool = False,
+    source: dict[str, Any] | None = None,
     **more: Any,
 ) -> Settings:
-    """Settings from file and flags. Raises ``SettingsError``."""
+    """Settings from file and flags; ``source`` is one in full, instead of ``sources``. Raises ``SettingsError``."""
     flags: dict[str, Any] = dict(more)
+    if source is not None:
+        flags["sources"] = [source]
     if sources:
         flags["sources"] = named_sources(sources, fast=fast, loop=loop)
     if redis:
@@ -204,6 +207,59 @@ def _serve(
     screen.print_summary(err, summary)
     if summary.failed:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def record(
+    source: Annotated[str, typer.Argument(help="Camera or stream; ID=URL names it.", metavar="[ID=]SOURCE")],
+    file: Annotated[Path, typer.Argument(help="Matroska file to write (.mkv).")],
+    seconds: SecondsOption = None,
+    max_mb: Annotated[int, typer.Option("--max-mb", min=8, help="Size over which the oldest media goes.")] = 4096,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
+) -> None:
+    """Record a camera as it comes, to be replayed with the same windows and events."""
+    set_up_logging(verbose)
+    from stream import record as recording
+    from stream.screen import print_recorded
+
+    named = named_sources([source], fast=False, loop=False)[0] | {"record": str(file), "record_max_mb": max_mb}
+    settings = settings_from(None, None, None, None, source=named, retry={"give_up": True})
+    with err.status(f"connecting to {settings.sources[0].id}") as status:
+        done = asyncio.run(
+            recording.record(
+                settings.sources[0],
+                settings.retry,
+                seconds=seconds,
+                live=lambda: status.update(f"recording {settings.sources[0].id}; Ctrl-C ends it"),
+            )
+        )
+    if done.error is not None:
+        raise done.error
+    print_recorded(err, done)
+    if not done.files or not done.complete:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="What `sightwire record` wrote.", metavar="FILE")],
+    config: ConfigOption = None,
+    pack: PackOption = None,
+    backend: BackendOption = None,
+    realtime: Annotated[bool, typer.Option("--realtime", help="In its own time, not as fast as possible.")] = False,
+    publish: Annotated[bool, typer.Option("--publish", help="Publish to Redis what the live run did not.")] = False,
+    redis: RedisOption = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
+) -> None:
+    """Live through a recording again: the windows and event ids of the live run."""
+    set_up_logging(verbose)
+    from stream.ingest.replay import replayed_source
+
+    source = replayed_source(file) | {"pace": "realtime" if realtime else "fast"}
+    if pack:
+        source.pop("packs", None)
+    settings = settings_from(config, None, redis, pack, backend=backend, source=source, stay=False)
+    _serve(settings, seconds=None, show=True, publish=publish or redis is not None)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from stream.ingest.address import AddressGuard
 from stream.ingest.file import FileSource
 from stream.ingest.network import NetworkSource
 from stream.ingest.recorder import Recorder
+from stream.ingest.recording import REPLAYED_SETTINGS
 from stream.ingest.replay import ReplaySource
 from stream.ingest.stats import DecodeStats
 from stream.ingest.synthetic import SyntheticSource
@@ -18,9 +19,6 @@ from stream.ingest.tap import Tap
 from stream.regions import Blackout
 from stream.settings import SourceSettings
 from stream.types import Emit, Frame, MediaItem, Source, StopFlag
-
-REPLAYED_SETTINGS = {"audio", "hop_s", "packs", "roi"}
-"""Settings that decide what a source's windows hold: a recording keeps them, and a replay takes them over."""
 
 
 class CountingSource(Source, Protocol):

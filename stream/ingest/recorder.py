@@ -124,6 +124,11 @@ class Recorder:
         self.ended("removed", self._clock.monotonic_ns())
         self._writer.close()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether some of what came could not be written."""
+        return self._writer.failed is not None or self._off_until_ns is not None
+
     def join(self, timeout_s: float) -> bool:
         """Wait until the last file is complete; whether it is."""
         return self._writer.join(timeout_s)

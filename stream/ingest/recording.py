@@ -21,6 +21,8 @@ from stream.clock import NS_PER_MS, NS_PER_S
 FORMAT = 1
 """Version of all this; a reader refuses a higher one."""
 TAG = "SIGHTWIRE"
+REPLAYED_SETTINGS = {"audio", "hop_s", "packs", "roi"}
+"""Settings of a source that decide what its windows hold: a recording keeps them, and a replay takes them over."""
 MAX_GAP_NS = 10 * NS_PER_S
 """A step of the timestamps by more than this is not shown to players."""
 

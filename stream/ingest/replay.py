@@ -12,7 +12,8 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from urllib.parse import unquote
+from typing import Any
+from urllib.parse import quote, unquote
 
 import av.error
 from av.audio.stream import AudioStream
@@ -31,6 +32,7 @@ from stream.ingest.errors import Failure, failure, map_av_error
 from stream.ingest.matroska import Entry, Media, as_arrived, in_order, open_part, read_part, read_title
 from stream.ingest.recorder import ArrivalClock
 from stream.ingest.recording import (
+    REPLAYED_SETTINGS,
     ClockSet,
     Connected,
     Ended,
@@ -300,6 +302,22 @@ class _Connection:
         self._emitter.elapse(now_ns)
         self._decoder.finish(reason, now_ns)
         return self._assembler.next_epoch
+
+
+def replayed_source(path: Path) -> dict[str, Any]:
+    """Settings of the source that replays a recording: its own name, and what decided its windows.
+
+    Raises ``SourceError``, with the file's name for the source's, when it is no recording.
+    """
+    try:
+        with open_part(path) as container:
+            title = read_title(container)
+    except NotARecording as error:
+        raise failure(path.stem, str(path), Failure.NOT_MEDIA, str(error)) from None
+    except av.error.FFmpegError as error:
+        raise map_av_error(path.stem, str(path), error) from None
+    kept = {key: value for key, value in title.settings.items() if key in REPLAYED_SETTINGS}
+    return {"id": title.source, "url": f"replay://{quote(str(path.absolute()))}", **kept}
 
 
 def replay_path(url: str) -> Path:
