@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from engines.manifest import VideoInput
 from engines.types import Engine
-from stream.samples import FrameKey, Sample, pictures, sample_keys, samples_of
+from stream.samples import FrameKey, Pictures, Sample, sample_keys, samples_of
 from stream.types import ClipWindow
 
 Features = NDArray[np.float32]
@@ -62,11 +62,12 @@ class FeatureStore:
 class FrameEncoder:
     """Gives windows' features, and runs the encoder for those that are not there yet. Owned by one engine thread."""
 
-    def __init__(self, encoder: Engine, video: VideoInput, width: int, store: FeatureStore) -> None:
+    def __init__(self, encoder: Engine, video: VideoInput, width: int, store: FeatureStore, pictures: Pictures) -> None:
         self._encoder = encoder
         self._video = video
         self._width = width
         self._store = store
+        self._pictures = pictures
 
     def features(self, windows: tuple[ClipWindow, ...]) -> Features:
         """float32 ``[B, T, D]``; zeros for missing samples. Raises ``InferenceError``."""
@@ -100,7 +101,7 @@ class FrameEncoder:
                 rows[key] = features
 
     def _encode(self, samples: list[Sample]) -> Features:
-        frames = pictures(samples, self._video)
+        frames = self._pictures.stack(samples, self._video)
         self._store.encoded += len(samples)
         features: Features = self._encoder.infer({"frames": frames})["features"]
         return features

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.manifest import Branch, Head, HeadKind, Mode, VideoInput
+from engines.manifest import Branch, Head, HeadKind, Mode
 from engines.open import LoadedPack
 from engines.types import Array, Engine
 from stream.features import FrameEncoder
 from stream.memory import SourceMemory
-from stream.samples import pictures, samples_of
+from stream.samples import nearest, samples_of
 from stream.stepping import Stepper
 from stream.types import ClipWindow, Prediction
 
@@ -26,15 +26,18 @@ class InferenceSession:
     def __init__(self, pack: LoadedPack, branch: Branch, memory: SourceMemory) -> None:
         self._branch = branch
         self._graph: Engine = pack.engines[branch.graph]
+        self._pictures = memory.pictures
         inputs = self._graph.spec.inputs
         self._inputs = {tensor.name: tensor for tensor in inputs}
         self._encoder: FrameEncoder | None = None
         self._stepper: Stepper | None = None
         if branch.video is not None and branch.encoder is not None:
             width = int(self._inputs["features"].shape[-1])
-            self._encoder = FrameEncoder(pack.engines[branch.encoder], branch.video, width, memory.features)
+            encoder = pack.engines[branch.encoder]
+            self._encoder = FrameEncoder(encoder, branch.video, width, memory.features, memory.pictures)
         if branch.video is not None and branch.mode is Mode.STATEFUL:
-            self._stepper = Stepper(self._graph, branch, branch.video, memory.states(branch, inputs))
+            states = memory.states(branch, inputs)
+            self._stepper = Stepper(self._graph, branch, branch.video, states, memory.pictures)
 
     def run(self, windows: tuple[ClipWindow, ...]) -> list[list[Prediction]]:
         """Predictions of every head for each window, in order. Raises ``InferenceError``.
@@ -68,17 +71,10 @@ class InferenceSession:
         if self._encoder is not None:
             inputs["features"] = self._encoder.features(windows)
         else:
-            inputs["frames"] = np.stack([clip_of(window, video) for window in windows])
+            samples = [sample for window in windows for sample in nearest(samples_of(window))]
+            frames = self._pictures.stack(samples, video)
+            inputs["frames"] = frames.reshape(len(windows), -1, *frames.shape[1:])
         return inputs
-
-
-def clip_of(window: ClipWindow, video: VideoInput) -> NDArray[np.uint8]:
-    """uint8 ``[T, H, W, 3]`` or ``[T, 2, H, W, 3]``; a missing sample repeats the nearest one that is there."""
-    samples = samples_of(window)
-    there = [t for t, sample in enumerate(samples) if sample is not None]
-    if there and len(there) < len(samples):
-        samples = [samples[min(there, key=lambda candidate: abs(candidate - t))] for t in range(len(samples))]
-    return pictures(samples, video)
 
 
 class PackRunner:

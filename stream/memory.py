@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from engines.manifest import Branch, TensorSpec
 from stream.features import FeatureStore
+from stream.samples import HostPictures, Pictures
 from stream.stepping import BranchStates
 
 MAX_STATE_BYTES = 2**30
@@ -15,7 +16,9 @@ MAX_STATE_BYTES = 2**30
 class SourceMemory:
     """Features and states of one generation of a pack; shared by all its engine threads."""
 
-    def __init__(self, max_state_bytes: int = MAX_STATE_BYTES) -> None:
+    def __init__(self, max_state_bytes: int = MAX_STATE_BYTES, pictures: Pictures | None = None) -> None:
+        """``pictures`` puts frames together where the engines want them, by default in host memory."""
+        self.pictures = pictures or HostPictures()
         self.features = FeatureStore()
         self._states: dict[str, BranchStates] = {}
         self._max_state_bytes = max_state_bytes
@@ -29,6 +32,7 @@ class SourceMemory:
 
     def forget(self, source_id: str) -> None:
         """Let go of a source."""
+        self.pictures.forget(source_id)
         self.features.forget(source_id)
         for states in self._states.values():
             states.forget(source_id)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engines.manifest import VideoInput
+from engines.types import Array
 from stream.types import ClipWindow, Frame
 
 FrameKey = tuple[int, ...]
@@ -28,14 +29,43 @@ def samples_of(window: ClipWindow) -> list[Sample | None]:
     return [None if row[-1] is None else tuple(frame for frame in row if frame is not None) for row in rows]
 
 
-def pictures(samples: Sequence[Sample | None], video: VideoInput) -> NDArray[np.uint8]:
-    """uint8 ``[N, H, W, 3]``, with look-back ``[N, 2, H, W, 3]``; black where there is no sample."""
-    lookbacks = 1 if video.lookback_ns is None else 2
-    out = np.empty((len(samples), lookbacks, video.height, video.width, 3), np.uint8)
-    for n, sample in enumerate(samples):
-        if sample is None:
-            out[n] = 0
-            continue
-        for place, frame in enumerate(sample):
-            out[n, place] = frame.image
-    return out if video.lookback_ns is not None else out[:, 0]
+def nearest(samples: Sequence[Sample | None]) -> list[Sample | None]:
+    """Missing samples replaced by the nearest one that is there (of two the earlier), where there is any."""
+    there = [t for t, sample in enumerate(samples) if sample is not None]
+    if not there or len(there) == len(samples):
+        return list(samples)
+    return [samples[min(there, key=lambda candidate: abs(candidate - t))] for t in range(len(samples))]
+
+
+class Pictures(Protocol):
+    """Puts frames together where the engines want them. Shared by all engine threads."""
+
+    def stack(self, samples: Sequence[Sample | None], video: VideoInput) -> Array:
+        """uint8 ``[N, H, W, 3]``, with look-back ``[N, 2, H, W, 3]``; black where there is no sample.
+
+        In host memory, or a tensor on the device that the engines run on. Raises ``InferenceError``.
+        """
+        ...
+
+    def forget(self, source_id: str) -> None:
+        """Let go of a source."""
+        ...
+
+
+class HostPictures:
+    """Frames in host memory: each batch is a copy."""
+
+    def stack(self, samples: Sequence[Sample | None], video: VideoInput) -> Array:
+        """See ``Pictures``."""
+        lookbacks = 1 if video.lookback_ns is None else 2
+        out = np.empty((len(samples), lookbacks, video.height, video.width, 3), np.uint8)
+        for n, sample in enumerate(samples):
+            if sample is None:
+                out[n] = 0
+                continue
+            for place, frame in enumerate(sample):
+                out[n, place] = frame.image
+        return out if video.lookback_ns is not None else out[:, 0]
+
+    def forget(self, source_id: str) -> None:
+        """Nothing is kept."""

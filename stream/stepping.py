@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from engines.manifest import Branch, TensorSpec, VideoInput
 from engines.states import StateStore, handed_on, row_bytes, state_tensors
 from engines.types import Array, Engine, Tensors
-from stream.samples import Sample, pictures, samples_of
+from stream.samples import Pictures, Sample, samples_of
 from stream.types import ClipWindow
 
 
@@ -120,11 +120,14 @@ def hold(samples: Sequence[Sample | None], before: Sample | None) -> list[Sample
 class Stepper:
     """Runs a stateful branch's graph. Owned by one engine thread."""
 
-    def __init__(self, graph: Engine, branch: Branch, video: VideoInput, states: BranchStates) -> None:
+    def __init__(
+        self, graph: Engine, branch: Branch, video: VideoInput, states: BranchStates, pictures: Pictures
+    ) -> None:
         self._graph = graph
         self._branch = branch
         self._video = video
         self._states = states
+        self._pictures = pictures
         self._per_hop = video.samples_in(branch.hop_ns)
         self._inputs = {tensor.name for tensor in graph.spec.inputs}
         handed = {state.output for state in branch.states}
@@ -165,7 +168,7 @@ class Stepper:
         return [found[n] for n in order], states
 
     def _media(self, steps: Sequence[Step], sound: Tensors) -> dict[str, Array]:
-        frames = pictures([sample for step in steps for sample in step.samples], self._video)
+        frames = self._pictures.stack([sample for step in steps for sample in step.samples], self._video)
         places = [step.window for step in steps]
         media: dict[str, Array] = {
             "frames": frames.reshape(len(steps), self._per_hop, *frames.shape[1:]),
