@@ -91,7 +91,18 @@ class FrameRenderer:
         self._scalers: dict[tuple[int, int], VideoReformatter] = {}
 
     def render(self, frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
-        """uint8 ``[height, width, 3]`` RGB, without a copy where FFmpeg's rows lie without gaps."""
+        """uint8 ``[height, width, 3]`` RGB, without a copy where FFmpeg's rows lie without gaps.
+
+        Upright: a frame that says by how much it lies on its side (telephones do) is turned, in steps of 90°.
+        """
+        # Degrees counterclockwise, as numpy turns.
+        turns = round(frame.rotation / 90) % 4
+        if not turns:
+            return self._scale(frame, width, height)
+        size = (height, width) if turns % 2 else (width, height)
+        return np.ascontiguousarray(np.rot90(self._scale(frame, *size), turns))
+
+    def _scale(self, frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
         scaler = self._scalers.get((width, height))
         if scaler is None:
             scaler = self._scalers[width, height] = VideoReformatter()
