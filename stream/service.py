@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from engines.errors import EngineError
 from stream.accounting import Ledger
@@ -15,6 +15,7 @@ from stream.engine_pool import BatchResult, EnginePool
 from stream.errors import SourceError
 from stream.event_format import Timing, source_event
 from stream.events import EventTracker
+from stream.ingest.address import AddressGuard
 from stream.ingest.open import CountingSource, open_recorder, open_source
 from stream.metrics import Metrics, SourceView
 from stream.pack_metrics import PacksView
@@ -188,10 +189,12 @@ class Service:
         )
 
         recorder = open_recorder(settings, self._clock)
-        tap = {} if recorder is None else {"tap": recorder}
+        extra: dict[str, Any] = {} if recorder is None else {"tap": recorder}
+        if not settings.trusted:
+            extra["guard"] = AddressGuard(self.settings.api.networks)
 
         def connect(first_epoch: int) -> CountingSource:
-            return self._open_source(settings, inputs, rate, self._clock, first_epoch=first_epoch, **tap)
+            return self._open_source(settings, inputs, rate, self._clock, first_epoch=first_epoch, **extra)
 
         supervisor = Supervisor(
             settings.id,
