@@ -144,7 +144,7 @@ def write_tiny_pack(folder: Path, *, name: str = "tiny", parity: bool = True) ->
     With ``parity`` off it carries no report. Raises ``BackendUnavailable`` when ``onnx`` is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    graphs = tuple(_write_graph(folder, graph, text) for graph, text in _GRAPHS.items())
+    graphs = tuple(write_graph(folder, graph, text) for graph, text in _GRAPHS.items())
     manifest = Manifest(
         name=name,
         version="1",
@@ -157,11 +157,12 @@ def write_tiny_pack(folder: Path, *, name: str = "tiny", parity: bool = True) ->
     )
     write_manifest(folder, manifest)
     if parity:
-        write_parity(folder, _measured(folder, manifest))
+        write_parity(folder, measured(folder, manifest, REFERENCES))
     return manifest
 
 
-def _write_graph(folder: Path, name: str, text: str) -> GraphSpec:
+def write_graph(folder: Path, name: str, text: str) -> GraphSpec:
+    """Write a graph in ONNX's text format as ``<name>.onnx``. Raises ``BackendUnavailable`` without ``onnx``."""
     try:
         import onnx
         import onnx.parser
@@ -290,7 +291,13 @@ REFERENCES: Mapping[str, Callable[[Tensors], dict[str, Array]]] = {
 """The same rules in numpy, by graph."""
 
 
-def _measured(folder: Path, manifest: Manifest, batch_sizes: Sequence[int] = (1, 4)) -> ParityReport:
+def measured(
+    folder: Path,
+    manifest: Manifest,
+    references: Mapping[str, Callable[[Tensors], dict[str, Array]]],
+    batch_sizes: Sequence[int] = (1, 4),
+) -> ParityReport:
+    """Every installed backend beside rules in numpy, by graph, on random inputs."""
     entries = []
     for backend, version in backends.installed("cpu").items():
         for graph in manifest.graphs:
@@ -298,7 +305,7 @@ def _measured(folder: Path, manifest: Manifest, batch_sizes: Sequence[int] = (1,
                 folder / graph.file, manifest.name, graph, backend, backends.EngineOptions(threads=1)
             )
             batches = [random_batch(graph, size, seed=size) for size in batch_sizes]
-            expected = [REFERENCES[graph.name](batch) for batch in batches]
+            expected = [references[graph.name](batch) for batch in batches]
             entries.append(measure(engine, batches, expected, manifest=manifest, backend_version=version))
             engine.close()
     return ParityReport(

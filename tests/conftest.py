@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from engines.tinypack import write_tiny_pack
+from engines.tinystateful import write_tiny_stateful_pack
 
 # The same examples on every run: a test either fails always or never.
 settings.register_profile("steady", derandomize=True, deadline=None)
@@ -21,6 +22,14 @@ def tiny_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real pack of a few kilobytes whose answers follow from brightness, motion and loudness; read-only."""
     folder = tmp_path_factory.mktemp("packs") / "tiny"
     write_tiny_pack(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_stateful_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same that remembers; read-only."""
+    folder = tmp_path_factory.mktemp("packs") / "tiny-stateful"
+    write_tiny_stateful_pack(folder)
     return folder
 
 
