@@ -223,7 +223,7 @@ def judge(swap: Swap, figures: TrialFigures, loads: Mapping[str, PackLoad], thre
         if new_ns > old_ns and needed > threads:
             raise RolledBack(
                 f"too slow: it takes {new_ns / 1e6:.1f} ms a window ({old_ns / 1e6:.1f} ms now), so the live sources "
-                f"would need {needed:.1f} engine threads where there are {threads}; take a faster backend or precision"
+                f"would need {needed:.2f} engine threads where there are {threads}; take a faster backend or precision"
             )
     if not over:
         return False

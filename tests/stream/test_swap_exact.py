@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import time
 from collections import defaultdict
 from pathlib import Path
 from types import MappingProxyType
@@ -50,6 +52,11 @@ def manifest() -> Manifest:
     return Manifest.model_validate(fields)
 
 
+def dawdle(_: float) -> None:
+    """Takes now this long, now that, so that threads get into each other's way."""
+    time.sleep(random.choice((0, 0, 0.0005, 0.002)))
+
+
 def generation(mark: float) -> Generation:
     """Its encoder writes ``mark`` into every feature, and its window graph refuses those of another's."""
 
@@ -64,7 +71,7 @@ def generation(mark: float) -> Generation:
         return {"logits": np.full((len(features), 1), mark, np.float32)}
 
     m = manifest()
-    copies = tuple(fake_pack(m, {"encoder": encode, "window": judge}) for _ in range(THREADS))
+    copies = tuple(fake_pack(m, {"encoder": encode, "window": judge}, sleep=dawdle) for _ in range(THREADS))
     info = PackInfo("p", f"{mark:g}", SHA, "fake", "fp32")
     return Generation(ServedPack("p", PackSettings(name="p"), m, info, copies, MappingProxyType({})))
 
@@ -84,7 +91,8 @@ STEPS = st.lists(
         st.tuples(st.sampled_from(["try", "end", "cut"]), st.just(0)),
         st.tuples(st.just("pause"), st.just(0)),
     ),
-    max_size=80,
+    min_size=10,
+    max_size=120,
 )
 
 
@@ -136,7 +144,7 @@ class Bench:
                 case "cut":
                     await self.cut()
                 case _:
-                    await asyncio.sleep(0)
+                    await asyncio.sleep(0.001)
         await self.pool.aclose()
         await asyncio.sleep(0)
 
@@ -161,7 +169,7 @@ class Bench:
             assert figures.windows <= sum(self.offered.values())
 
 
-@settings(max_examples=60)
+@settings(max_examples=80)
 @given(steps=STEPS, live=st.booleans())
 def test_every_window_is_computed_once_and_in_order_whatever_takes_over_when(steps: list[Step], live: bool) -> None:
     async def case() -> None:
