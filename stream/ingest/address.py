@@ -50,7 +50,7 @@ _URL = re.compile(
     r"(?::(?P<password>(?:[A-Za-z0-9._~!$&'()*+,;=:-]|%[0-9A-Fa-f]{2})*))?@)?"
     r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))"
     r"(?::(?P<port>[0-9]{1,5}))?"
-    r"(?P<path>/[^\s#\\\x00-\x20\x7f-\U0010ffff]*|\?[^\s#\\\x00-\x20\x7f-\U0010ffff]*)?"
+    r"(?P<path>/[^\s#\\\x00-\x20\x7f-\U0010ffff]*|\?[^@\s#\\\x00-\x20\x7f-\U0010ffff]*)?"
 )
 """A URL that no two programs read differently: ASCII, one user info, no backslash, fragment or zone."""
 _NUMERIC = re.compile(r"(?:.*\.)?(?:0[xX][0-9A-Fa-f]*|[0-9]+)")
