@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 from stream.errors import SightwireError
 from stream.ingest.decode import MediaStream, frame_interval_ns
 from stream.ingest.recording import (
+    NO_RECORDING,
     TAG,
+    NotARecording,
     Note,
     PlayTime,
     Stamp,
@@ -247,9 +249,12 @@ class Entry:
 
 
 def open_part(path: Path) -> InputContainer:
-    """Raises ``av.error.FFmpegError``."""
-    # The prefix keeps FFmpeg from taking a colon in a file's name for a protocol.
-    return av.open(f"file:{path}", format="matroska", options=_READ)
+    """Raises ``NotARecording``, and ``av.error.FFmpegError`` when there is nothing that can be read."""
+    try:
+        # The prefix keeps FFmpeg from taking a colon in a file's name for a protocol.
+        return av.open(f"file:{path}", format="matroska", options=_READ)
+    except (av.error.InvalidDataError, av.error.EOFError):
+        raise NotARecording(NO_RECORDING) from None
 
 
 def read_title(container: InputContainer) -> Title:

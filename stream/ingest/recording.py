@@ -21,6 +21,7 @@ from stream.clock import NS_PER_MS, NS_PER_S
 FORMAT = 1
 """Version of all this; a reader refuses a higher one."""
 TAG = "SIGHTWIRE"
+NO_RECORDING = "not a recording of sightwire record"
 REPLAYED_SETTINGS = {"audio", "hop_s", "packs", "roi"}
 """Settings of a source that decide what its windows hold: a recording keeps them, and a replay takes them over."""
 MAX_GAP_NS = 10 * NS_PER_S
@@ -219,7 +220,7 @@ class Title:
         except NotARecording:
             raise
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise NotARecording("not a recording of sightwire record") from None
+            raise NotARecording(NO_RECORDING) from None
         return title
 
 
