@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from engines.errors import EngineError, GraphLoadError, PackNotFound
-from engines.manifest import MANIFEST_FILE, NS_PER_S, Branch, Manifest, VideoInput, read_manifest
+from engines.errors import EngineError, GraphLoadError, ManifestError, PackNotFound
+from engines.manifest import MANIFEST_FILE, NS_PER_S, Branch, HeadKind, Manifest, VideoInput, read_manifest
 from engines.open import PACKS_FOLDER, LoadedPack, find_pack, open_pack
 from engines.parity import read_parity
 from stream.errors import SettingsError
@@ -127,6 +127,7 @@ def load_pack(wanted: PackSettings, threads: int, folder: Path, name: str | None
             copies.append(_open(wanted, folder))
         first = copies[0]
         manifest = with_hop(first.manifest, wanted.hop_s)
+        _check_labels(manifest)
         info = PackInfo(manifest.name, manifest.version, first.sha256, first.backend, first.precision)
         return ServedPack(name or manifest.name, wanted, manifest, info, tuple(copies), _parity(first))
     except BaseException:
@@ -148,6 +149,19 @@ def _open(wanted: PackSettings, folder: Path) -> LoadedPack:
         raise GraphLoadError(
             f"pack {wanted.name}: out of memory while it is loaded; give the service more, or fewer engine.threads"
         ) from error
+
+
+def _check_labels(manifest: Manifest) -> None:
+    """Raise ``ManifestError`` when a graph scores another number of labels than its head has."""
+    for branch in manifest.branches:
+        outputs = {tensor.name: tensor for tensor in manifest.graph(branch.graph).outputs}
+        for head in branch.heads:
+            size = outputs[head.output].shape[-1]
+            if head.kind in (HeadKind.ACTION, HeadKind.CLASS) and size != len(head.labels):
+                raise ManifestError(
+                    f"pack {manifest.name}: graph {branch.graph}: output {head.output} has {size} scores, head "
+                    f"{head.name} has {len(head.labels)} labels; export the pack again"
+                )
 
 
 def exported_pack(name: str, home: Path) -> Path:
