@@ -21,7 +21,7 @@ from stream.ingest.capture import Capture
 from stream.ingest.stats import DecodeStats
 from stream.ingest.timeline import JUMP_NS, Step, Timeline
 from stream.sampling import FrameSelector, distinct_inputs, first_sample_at_or_after
-from stream.types import AudioChunk, ClockUpdate, Emit, EpochEnd, EpochStart, Frame, Progress
+from stream.types import AudioChunk, ClockUpdate, Emit, EpochEnd, EpochStart, Frame, Progress, TextItem
 
 P = TypeVar("P")
 """A decoded picture, before conversion."""
@@ -142,6 +142,13 @@ class Assembler(Generic[P]):
                 return
             self._open(pts_ns, arrival_ns, 0, video=False)
         self._place(run)
+
+    def text(self, pts_ns: int, end_ns: int, arrival_ns: int, text: str) -> bool:
+        """Take a text of ``[pts_ns, end_ns)``, or of an instant; tells whether there is an epoch that it can be of."""
+        if self._selector is None:
+            return False
+        self._emit(TextItem(self._source_id, self._epoch, pts_ns, end_ns, arrival_ns, text))
+        return True
 
     def hand_over_audio(self) -> None:
         """Emit the audio that is still being joined: no more is at hand, and a live window must not wait for it."""
