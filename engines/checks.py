@@ -24,7 +24,8 @@ def describe(dtype: object, shape: Sequence[Dim]) -> str:
 def check_inputs(spec: EngineSpec, inputs: Tensors) -> None:
     """Raise ``InferenceError`` unless ``inputs`` are exactly the tensors of ``spec``.
 
-    A symbolic dimension takes any size of at least 1, the same wherever the symbol stands.
+    A symbolic dimension takes any size of at least 1, the same wherever the symbol stands. Tensors of torch pass
+    as arrays do.
     """
     where = f"pack {spec.pack}: graph {spec.graph}"
     names = {tensor.name for tensor in spec.inputs}
@@ -33,11 +34,10 @@ def check_inputs(spec: EngineSpec, inputs: Tensors) -> None:
     sizes: dict[str, int] = {}
     for tensor in spec.inputs:
         array = inputs[tensor.name]
-        if array.dtype != NUMPY_DTYPES[tensor.dtype] or not _shape_fits(tensor.shape, array.shape, sizes):
+        dtype = str(array.dtype).removeprefix("torch.")
+        if dtype != tensor.dtype or not _shape_fits(tensor.shape, array.shape, sizes):
             wanted = describe(tensor.dtype, [sizes.get(d, d) if isinstance(d, str) else d for d in tensor.shape])
-            raise InferenceError(
-                f"{where}: input {tensor.name} is {describe(array.dtype, array.shape)}, must be {wanted}"
-            )
+            raise InferenceError(f"{where}: input {tensor.name} is {describe(dtype, array.shape)}, must be {wanted}")
 
 
 def _shape_fits(wanted: tuple[int | str, ...], have: tuple[int, ...], sizes: dict[str, int]) -> bool:

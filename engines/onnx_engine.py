@@ -14,6 +14,7 @@ from engines.backends import Compiled, EngineOptions, first_line
 from engines.checks import PortShape, check_inputs, check_interface, check_outputs, failed, zeros
 from engines.errors import BackendUnavailable, GraphLoadError, InferenceError
 from engines.manifest import GraphSpec
+from engines.onnx_binding import all_on_host, run_bound
 from engines.types import Array, EngineSpec, Tensors
 
 _PROVIDERS = {
@@ -73,7 +74,7 @@ def load_plain(path: Path, pack: str, graph: GraphSpec) -> OnnxEngine:
 
     Raises ``GraphLoadError``, ``ManifestError``.
     """
-    session_options = _session_options(1)
+    session_options = options_for(1)
     session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = _open_session(path, pack, graph, EngineOptions(), session_options)
     return _engine(session, pack, graph, EngineOptions())
@@ -106,7 +107,7 @@ def _shared_session(path: Path, pack: str, graph: GraphSpec, options: EngineOpti
     key = (str(path.resolve()), file and file.sha256, options.threads, options.device)
     session = _sessions.get(key)
     if session is None:
-        session = _open_session(path, pack, graph, options, _session_options(options.threads))
+        session = _open_session(path, pack, graph, options, options_for(options.threads))
         _sessions[key] = session
     return session
 
@@ -140,7 +141,8 @@ def _no_device(device: str) -> str:
     )
 
 
-def _session_options(threads: int) -> Any:
+def options_for(threads: int) -> Any:
+    """Options of every session."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -179,7 +181,10 @@ class OnnxEngine:
             raise InferenceError(f"pack {self._spec.pack}: graph {self._spec.graph} is closed")
         check_inputs(self._spec, inputs)
         try:
-            values = self._session.run(self._outputs, dict(inputs))
+            if all_on_host(inputs):
+                values = self._session.run(self._outputs, dict(inputs))
+            else:
+                values = run_bound(self._session, self._outputs, inputs)
         except (*_ORT_ERRORS, MemoryError) as error:
             raise failed(self._spec, first_line(error)) from error
         outputs: dict[str, Array] = dict(zip(self._outputs, values, strict=True))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ _log = logging.getLogger(__name__)
 _PRECISIONS = ("fp32", "fp16", "int8")
 _SIZES = 8
 """Batch sizes kept ready, each with its own context, buffers and CUDA graph."""
+_capturing = threading.Lock()
 _TORCH = {"uint8": torch.uint8, "int64": torch.int64, "float32": torch.float32, "float16": torch.float16}
 
 
@@ -62,7 +64,10 @@ def load(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Ten
         _cache(options).path(_key(graph, options)).unlink(missing_ok=True)
         return load(path, pack, graph, options)
     spec = EngineSpec(pack, graph.name, "tensorrt", "cuda:0", options.precision, graph.inputs, graph.outputs)
-    return TensorRtEngine(engine, spec, graph.batch)
+    try:
+        return TensorRtEngine(engine, spec, graph.batch)
+    except RuntimeError as error:
+        raise error_from(where, "made room to run", [first_line(error)], "free memory of the GPU") from error
 
 
 def _where(pack: str, graph: GraphSpec) -> str:
@@ -117,13 +122,17 @@ def _device() -> str:
 
 
 class TensorRtEngine:
-    """An engine with one stream; for each batch size that it meets, a context, fixed buffers and a CUDA graph."""
+    """An engine with a stream to compute on and one for copies between host and device, in order by events; for each
+    batch size that it meets, a context, fixed buffers and a CUDA graph. All contexts compute in the same memory: they
+    run one after the other."""
 
     def __init__(self, engine: Any, spec: EngineSpec, batch: BatchProfile) -> None:
         self._engine = engine
         self._spec = spec
         self._batch = batch
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._compute = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._copies = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._scratch = torch.empty(max(1, engine.device_memory_size_v2), dtype=torch.uint8, device="cuda")
         self._sizes: OrderedDict[int, _Size] = OrderedDict()
 
     @property
@@ -137,50 +146,69 @@ class TensorRtEngine:
             self.infer(zeros(self._spec, batch))
 
     def infer(self, inputs: Tensors) -> dict[str, Array]:
-        """See ``Engine``: up to the GPU from pinned memory, and back."""
+        """See ``Engine``: arrays go up to the GPU from page-locked memory, tensors there are taken from where they lie
+        (after what the caller has queued on its stream); the answers come back into page-locked memory."""
         check_inputs(self._spec, inputs)
         size = self._size(len(next(iter(inputs.values()))))
         try:
-            with torch.cuda.stream(self._stream):
-                for name, array in inputs.items():
-                    size.pinned[name].numpy()[...] = array
-                    size.inputs[name].copy_(size.pinned[name], non_blocking=True)
-                size.run(self._stream)
+            self._feed(size, inputs)
+            size.run(self._compute)
+            self._copies.wait_stream(self._compute)
+            with torch.cuda.stream(self._copies):
                 for name, tensor in size.outputs.items():
                     size.pinned[name].copy_(tensor, non_blocking=True)
-            self._stream.synchronize()
+            self._copies.synchronize()
         except RuntimeError as error:  # torch's OutOfMemoryError is one too.
             raise failed(self._spec, first_line(error)) from error
         outputs: dict[str, Array] = {name: np.array(size.pinned[name].numpy()) for name in size.outputs}
         check_outputs(self._spec, outputs)
         return outputs
 
-    def infer_on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Run a batch that lies on the GPU; tensors as ``spec.inputs``, answers on the GPU.
+    def infer_on_device(self, inputs: Tensors) -> dict[str, torch.Tensor]:
+        """Run a batch as ``infer`` does, with the answers on the GPU.
 
-        The caller's stream waits for the answers, the processor does not. Raises ``InferenceError``.
+        The caller's stream waits for them, the processor does not. Raises ``InferenceError``.
         """
+        check_inputs(self._spec, inputs)
         size = self._size(len(next(iter(inputs.values()))))
         caller = torch.cuda.current_stream()
-        self._stream.wait_stream(caller)
         try:
-            with torch.cuda.stream(self._stream):
-                for name, tensor in inputs.items():
-                    size.inputs[name].copy_(tensor)
-                    tensor.record_stream(self._stream)
-                size.run(self._stream)
+            # The page-locked buffers may still be read for the batch before.
+            self._copies.synchronize()
+            self._feed(size, inputs)
+            size.run(self._compute)
+            with torch.cuda.stream(self._compute):
                 outputs = {name: tensor.clone() for name, tensor in size.outputs.items()}
-        except (KeyError, RuntimeError) as error:
+        except RuntimeError as error:
             raise failed(self._spec, first_line(error)) from error
-        caller.wait_stream(self._stream)
+        caller.wait_stream(self._compute)
         for tensor in outputs.values():
             tensor.record_stream(caller)
         return outputs
 
+    def _feed(self, size: _Size, inputs: Tensors) -> None:
+        """Queue the inputs to their buffers, before what is computed next. Raises ``RuntimeError``."""
+        on_device: dict[str, Any] = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        # The buffers may still be read for the batch before.
+        self._copies.wait_stream(self._compute)
+        with torch.cuda.stream(self._copies):
+            for name in inputs.keys() - on_device.keys():
+                size.pinned[name].numpy()[...] = inputs[name]
+                size.inputs[name].copy_(size.pinned[name], non_blocking=True)
+        self._compute.wait_stream(self._copies)
+        if on_device:
+            self._compute.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._compute):
+            for name, tensor in on_device.items():
+                size.inputs[name].copy_(tensor, non_blocking=True)
+                if tensor.is_cuda:
+                    tensor.record_stream(self._compute)
+
     def close(self) -> None:
         """See ``Engine``."""
         if self._engine is not None:
-            self._stream.synchronize()
+            self._compute.synchronize()
+            self._copies.synchronize()
         self._sizes.clear()
         self._engine = None
 
@@ -192,11 +220,11 @@ class TensorRtEngine:
         check_batch(where, self._batch, batch)
         if batch not in self._sizes:
             try:
-                self._sizes[batch] = _Size(self._engine, self._spec, batch, self._stream)
+                self._sizes[batch] = _Size(self._engine, self._spec, batch, self._compute, self._scratch)
             except RuntimeError as error:
                 raise failed(self._spec, first_line(error)) from error
             if len(self._sizes) > _SIZES:
-                self._stream.synchronize()
+                self._compute.synchronize()
                 self._sizes.popitem(last=False)
         self._sizes.move_to_end(batch)
         return self._sizes[batch]
@@ -214,9 +242,13 @@ def check_batch(where: str, profile: BatchProfile, batch: int) -> None:
 class _Size:
     """One batch size: fixed buffers on both sides, and the launch of the engine as a CUDA graph."""
 
-    def __init__(self, engine: Any, spec: EngineSpec, batch: int, stream: torch.cuda.Stream) -> None:
+    def __init__(
+        self, engine: Any, spec: EngineSpec, batch: int, stream: torch.cuda.Stream, scratch: torch.Tensor
+    ) -> None:
         """Raises ``RuntimeError``."""
         self._context = _context(engine)
+        self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
+        self._scratch = scratch
         self.inputs = {t.name: _on_gpu((batch, *t.shape[1:]), t.dtype) for t in spec.inputs}
         for name, tensor in self.inputs.items():
             if not self._context.set_input_shape(name, tuple(tensor.shape)):
@@ -230,10 +262,11 @@ class _Size:
 
     def run(self, stream: torch.cuda.Stream) -> None:
         """Queue the engine on its stream. Raises ``RuntimeError``."""
-        if self._graph is not None:
-            self._graph.replay()
-        else:
+        if self._graph is None:
             self._queue(stream)
+            return
+        with torch.cuda.stream(stream):
+            self._graph.replay()
 
     def _queue(self, stream: torch.cuda.Stream) -> None:
         with collected() as errors:
@@ -242,15 +275,15 @@ class _Size:
 
     def _captured(self, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
         """The launch as a CUDA graph; ``None`` where the engine does things that cannot be captured."""
-        with torch.cuda.stream(stream):
-            # A context sets itself up in its first run, which must not be captured.
-            self._queue(stream)
+        # A context sets itself up in its first run, which must not be captured.
+        self._queue(stream)
         stream.synchronize()
         if RTX and not self._context.is_stream_capturable(stream.cuda_stream):
             return None
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile: what they do is not part of this graph.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        # Other threads may allocate meanwhile: what they do is not part of this graph. Two captures at once would each
+        # wait for the whole device.
+        with _capturing, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._queue(stream)
         return graph
 
@@ -260,14 +293,17 @@ def _on_gpu(shape: Sequence[Any], dtype: str) -> torch.Tensor:
 
 
 def _context(engine: Any) -> Any:
+    """A context that brings no memory of its own: by default each would set aside what the largest batch needs."""
+    managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
     with collected() as errors:
         if RTX:
             config = engine.create_runtime_config()
             # Kernels for the shape are ready at the first run: those for any shape would be captured instead.
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.set_execution_context_allocation_strategy(managed)
             context = engine.create_execution_context(config)
         else:
-            context = engine.create_execution_context()
+            context = engine.create_execution_context(managed)
         if context is None:
             raise RuntimeError(telling_line(errors))
     return context

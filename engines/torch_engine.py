@@ -1,6 +1,6 @@
 """PyTorch as an engine: the reference that the others are compared with, and a backend where a module is at hand.
 
-The only file of this package that imports torch; nothing imports it unless asked to.
+Like everything here that imports torch, it is imported by nothing unless asked for.
 """
 
 from __future__ import annotations
@@ -60,15 +60,20 @@ class TorchEngine:
             raise InferenceError(f"{where} is closed")
         check_inputs(self._spec, inputs)
         try:
-            # A copy, since torch warns of arrays that it may not write to.
-            arrays = [np.array(inputs[tensor.name]) for tensor in self._spec.inputs]
-            tensors = [torch.from_numpy(array).to(self._device) for array in arrays]
+            tensors = [self._placed(inputs[tensor.name]) for tensor in self._spec.inputs]
             with torch.inference_mode(), self._cast():
                 outputs = self._named(self._module(*tensors))
         except (RuntimeError, TypeError, ValueError) as error:
             raise failed(self._spec, first_line(error)) from error
         check_outputs(self._spec, outputs)
         return outputs
+
+    def _placed(self, value: object) -> torch.Tensor:
+        """On the engine's device; what lies there already is not copied."""
+        if not isinstance(value, torch.Tensor):
+            # A copy, since torch warns of arrays that it may not write to.
+            value = torch.from_numpy(np.array(value))
+        return value.to(self._device)
 
     def _named(self, result: object) -> dict[str, Array]:
         names = [tensor.name for tensor in self._spec.outputs]

@@ -13,6 +13,8 @@ from engines.manifest import TensorSpec
 
 Array = NDArray[Any]
 Tensors = Mapping[str, Array]
+"""Tensors by name. On ``onnxruntime``, ``tensorrt`` and ``torch`` an input may also be a tensor of torch on the
+engine's device: it is taken from there, without a way through host memory."""
 
 
 @dataclass(frozen=True, slots=True)
