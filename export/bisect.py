@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -282,7 +283,7 @@ def with_outputs(model: onnx.ModelProto, tensors: Sequence[str], huge: float) ->
     graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), "probe_row"))
     for n, tensor in enumerate(tensors):
         name = _probe_name(n)
-        steps: tuple[tuple[str, list[str], str, dict[str, int]], ...] = (
+        steps: tuple[tuple[str, list[str], str, dict[str, Any]], ...] = (
             ("Cast", [tensor], "float", {"to": TensorProto.FLOAT}),
             ("IsNaN", [f"{name}_float"], "nan", {}),
             ("Where", [f"{name}_nan", "probe_huge", f"{name}_float"], "number", {}),

@@ -1,4 +1,4 @@
-"""The commands about models: train, evaluate, import, export, compile. Thin, as those of the service."""
+"""The commands about models: train, evaluate, import, export, compile, verify. Thin, as those of the service."""
 
 from __future__ import annotations
 
@@ -58,6 +58,53 @@ def compile_engines(
     from stream.commands import compile_engines as compile_all
 
     compile_all(err, pack, backend=backend, precision=precision, device=device, home=home())
+
+
+@models_app.command()
+def verify(
+    pack: Annotated[str, typer.Argument(help="Pack, by name or folder.")],
+    backend: Annotated[
+        list[str] | None,
+        typer.Option("--backend", help="onnxruntime, openvino, tensorrt or torch; may be repeated [default: all]."),
+    ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option("--precision", help="fp32, fp16, bf16 or int8; may be repeated [default: all with a bound]."),
+    ] = None,
+    clips: Annotated[
+        list[Path] | None,
+        typer.Option("--clips", help="A video file, may be repeated [default: those of the extra demo]."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="What it was exported from, as for export [default: as remembered here]."),
+    ] = None,
+    weights: Annotated[Path | None, typer.Option("--weights", help="Weights of --model.")] = None,
+    describe: Annotated[Path | None, typer.Option("--describe", help="Description of --model.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda [default: what the backend has].")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a report with plots to this file.")] = None,
+    bisect: Annotated[
+        bool, typer.Option("--bisect", help="Name the first node that departs in a graph over its bound.")
+    ] = False,
+) -> None:
+    """Compare a pack on every backend here with PyTorch on real clips: errors, latency, throughput."""
+    set_up_logging()
+    from stream.commands import verify as verify_engines
+
+    verify_engines(
+        err,
+        pack,
+        backends=backend or (),
+        precisions=precision or (),
+        clips=clips or (),
+        model=model,
+        weights=weights,
+        describe=describe,
+        device=device,
+        html=html,
+        bisect=bisect,
+        home=home(),
+    )
 
 
 cache_app = typer.Typer(help="Compiled engines on this machine.", no_args_is_help=True)

@@ -6,7 +6,7 @@ import importlib.util
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from engines.cache import ENGINES_FOLDER, list_cache, prune_cache, user_cache
-from engines.errors import EngineError
-from engines.manifest import MANIFEST_FILE, PARITY_FILE, PRECISIONS, file_sha256, read_manifest
+from engines.errors import EngineError, ParityFailed
+from engines.manifest import MANIFEST_FILE, PARITY_FILE, PRECISIONS, Precision, file_sha256, read_manifest
 from engines.open import find_pack
 from stream.errors import SettingsError
 
@@ -140,6 +140,61 @@ def compile_engines(
     console.print(table)
     for reason in dict.fromkeys(one.not_run for one in results if one.not_run):
         console.print(f"not run: {reason}")
+
+
+def verify(
+    console: Console,
+    name: str,
+    *,
+    backends: Sequence[str],
+    precisions: Sequence[str],
+    clips: Sequence[Path],
+    model: str | None,
+    weights: Path | None,
+    describe: Path | None,
+    device: str | None,
+    html: Path | None,
+    bisect: bool,
+    home: Path,
+) -> None:
+    """Compare a pack's engines with the model that it came from, and show and keep what came out.
+
+    Raises ``SettingsError`` or ``EngineError``; a group of ``ParityFailed``, one for each graph over its bound.
+    """
+    _need_torch("sightwire verify", EXPORT if model is None else TRAIN)
+    from export.adapters.common import ExportOptions
+    from export.build import ExportError
+    from export.source import note_of
+    from export.verify import verify_pack
+    from export.verify_report import terminal_tables, write_report
+
+    if model is None and (weights is not None or describe is not None):
+        raise SettingsError("--weights and --describe go with --model; name the model too")
+    source = None if model is None else note_of(model, ExportOptions(weights=weights, describe=describe))
+    try:
+        with console.status(f"verifying {name}") as status:
+            found = verify_pack(
+                find_pack(name, home),
+                only_backends=backends,
+                precisions=cast("Sequence[Precision]", precisions),
+                clips=clips,
+                source=source,
+                device=device,
+                bisect=bisect,
+                progress=lambda step: status.update(step),
+            )
+    except ExportError as error:
+        raise SettingsError(str(error)) from error
+    for part in terminal_tables(found):
+        console.print(part)
+    if html is not None:
+        try:
+            write_report(html, found)
+        except OSError as error:
+            raise SettingsError(f"cannot write {html}: {error.strerror}; choose another path") from error
+        console.print(f"report: {html}")
+    if found.problems:
+        raise ExceptionGroup("over the bounds", [ParityFailed(line) for line in found.problems])
 
 
 def list_engines(console: Console) -> None:
