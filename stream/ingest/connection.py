@@ -67,7 +67,8 @@ def open_container(
     except (av.error.FFmpegError, UnicodeDecodeError) as error:
         if patience.error is not None:
             raise patience.error from None
-        if isinstance(error, UnicodeDecodeError):
+        # FFmpeg calls it an invalid argument when a format is found that is not in the list.
+        if isinstance(error, UnicodeDecodeError | av.error.ArgumentError):
             raise link.failure(Failure.NOT_UNDERSTOOD) from None
         raise
     if patience.error is not None:

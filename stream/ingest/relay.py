@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+import ssl
 import threading
 
 from stream.errors import SourceError
@@ -36,6 +37,7 @@ class Relay:
         self._tls = tls
         self._watched = redirects
         self._opened = False
+        self._tail = b""
         self._closing = threading.Event()
         first = self._connect()
         try:
@@ -92,38 +94,52 @@ class Relay:
     def _pass_on(self, near: socket.socket, server: socket.socket) -> None:
         """Both ways, until one side ends."""
         near.settimeout(self._link.settings.open_timeout_s)
-        server.settimeout(self._link.settings.open_timeout_s)
-        tail = b""
         with contextlib.suppress(OSError):
             while not self._ends():
                 ready, _, _ = select.select([near, server], [], [], POLL_S)
                 if near in ready:
                     if not (data := near.recv(CHUNK)):
                         return
+                    server.settimeout(self._link.settings.open_timeout_s)
                     server.sendall(data)
-                if server in ready:
-                    data = _received(server)
-                    if not data:
-                        # Before, it may close for the client to come again.
-                        if self._opened:
-                            self._patience.fail(self._link.failure(Failure.ENDED))
-                        return
-                    self._patience.got_data()
-                    if self._watched:
-                        seen = tail + data.replace(b"\r", b"").lower()
-                        tail = seen[-len(_REDIRECT) :]
-                        if _REDIRECT in seen:
-                            self._patience.fail(self._link.failure(Failure.FORBIDDEN, "the server redirects elsewhere"))
-                            return
-                    near.sendall(data)
+                if server in ready and not self._pass_back(near, server):
+                    return
+
+    def _pass_back(self, near: socket.socket, server: socket.socket) -> bool:
+        """What the server says; whether to go on. Raises ``OSError``."""
+        data = _received(server)
+        if data is None:
+            return True
+        if not data:
+            # Before, it may close for the client to come again.
+            if self._opened:
+                self._patience.fail(self._link.failure(Failure.ENDED))
+            return False
+        self._patience.got_data()
+        if self._watched:
+            seen = self._tail + data.replace(b"\r", b"").lower()
+            self._tail = seen[-len(_REDIRECT) :]
+            if _REDIRECT in seen:
+                self._patience.fail(self._link.failure(Failure.FORBIDDEN, "the server redirects elsewhere"))
+                return False
+        near.sendall(data)
+        return True
 
 
-def _received(server: socket.socket) -> bytes:
-    """What came, with all that TLS has decrypted already: no socket announces that."""
-    data = server.recv(CHUNK)
-    pending = getattr(server, "pending", None)
-    while data and pending is not None and pending():
-        data += server.recv(pending())
+def _received(server: socket.socket) -> bytes | None:
+    """What came, all that TLS has decrypted: no socket announces that. ``None`` if that is nothing yet.
+
+    TLS has messages of its own, after which nothing is there to read though the socket said so.
+    """
+    server.settimeout(0)
+    data = b""
+    try:
+        while part := server.recv(CHUNK):
+            data += part
+            if not (isinstance(server, ssl.SSLSocket) and server.pending()):
+                break
+    except (BlockingIOError, ssl.SSLWantReadError):
+        return data or None
     return data
 
 
