@@ -51,6 +51,13 @@ class FrameCounts:
     evictions: int = 0
     """Pictures that made way while somebody still held them."""
 
+    def add(self, other: FrameCounts) -> None:
+        """Add what was done elsewhere."""
+        self.uploads += other.uploads
+        self.uploaded_bytes += other.uploaded_bytes
+        self.hits += other.hits
+        self.evictions += other.evictions
+
 
 class _Ring:
     """Which picture lies in which row; the host's memory is not kept for it."""
@@ -114,8 +121,11 @@ class DeviceFrames:
         self._rings: dict[str, _Ring] = {}
         self._free: list[int] = []
         # Row 0 stays black: what a missing frame looks like.
-        self._pool = self._rows(1 + slots)
-        self._settle()
+        try:
+            self._pool = self._rows(1 + slots)
+            self._settle()
+        except RuntimeError as error:
+            raise BackendUnavailable(f"{device} cannot hold frames ({first_line(error)}); choose device cpu") from error
         self._taken = 1
         self.counts = FrameCounts()
         """What was done so far."""

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from engines.errors import EngineError, GraphLoadError, ManifestError, PackNotFound
+from engines.errors import EngineError, GraphLoadError, InferenceError, ManifestError, PackNotFound
 from engines.manifest import MANIFEST_FILE, NS_PER_S, Branch, HeadKind, Manifest, VideoInput, read_manifest
 from engines.open import PACKS_FOLDER, LoadedPack, find_pack, open_pack
 from engines.parity import read_parity
 from stream.errors import SettingsError
 from stream.event_format import PackInfo
+from stream.gpu import pictures_on
 from stream.inference import PackRunner
 from stream.memory import SourceMemory
 from stream.sampling import distinct_inputs
 from stream.settings import PackSettings, Settings, SourceSettings
+from stream.types import ClipWindow, Prediction
 from stream.windows import Watch
 
 log = logging.getLogger(__name__)
@@ -64,13 +67,28 @@ class Generation:
 
     def __init__(self, pack: ServedPack) -> None:
         self.pack = pack
-        self.store = SourceMemory()
+        self.store = SourceMemory(pictures=pictures_on(pack.wanted.device, pack.manifest.branches))
         self.runners = tuple(PackRunner(copy, self.store) for copy in pack.copies)
 
     def warm_up(self, max_batch: int) -> None:
         """Meet every lazy set-up before the first real window; blocks. Raises ``EngineError``."""
-        for runner in self.runners:
-            runner.warmup(max_batch)
+        with self._within_memory(f"batches of {max_batch}"):
+            for runner in self.runners:
+                runner.warmup(max_batch)
+
+    def run(self, thread: int, branch: str, windows: tuple[ClipWindow, ...]) -> list[list[Prediction]]:
+        """Predictions per window, computed on the engine thread of that number. Raises ``InferenceError``."""
+        with self._within_memory(f"a batch of {len(windows)}"):
+            return self.runners[thread].run(branch, windows)
+
+    @contextmanager
+    def _within_memory(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except MemoryError as error:
+            raise InferenceError(
+                f"pack {self.pack.info.name}: out of memory on {what}; use a smaller engine.max_batch"
+            ) from error
 
     def close(self) -> None:
         """Free the engines; idempotent."""
