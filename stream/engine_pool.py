@@ -242,7 +242,7 @@ class EnginePool:
         taken_ns = self._clock.monotonic_ns()
         predictions, error = None, None
         try:
-            predictions = serving.runners[number].run(branch, batch.windows)
+            predictions = serving.run(number, branch, batch.windows)
         except EngineError as failure:
             error = failure
         return BatchResult(batch, serving.pack.info, predictions, error, taken_ns, self._clock.monotonic_ns())

@@ -35,8 +35,8 @@ RECORDED_S = 5.0
 """How long the end waits for a recording to be completed."""
 SLOT_DEPTH = 2
 """Windows of one live source and branch that may wait for an engine."""
-RETRY_TOLD_NS = 60 * NS_PER_S
-"""How often a source that stays away for the same cause is mentioned in the log."""
+TOLD_AGAIN_NS = 60 * NS_PER_S
+"""How often what goes on failing for the same cause is mentioned in the log."""
 CONTINUES = frozenset({"pts_jump", "wrap", "resolution", "codec", "loop"})
 """Reasons for which an epoch ends while its source stays live."""
 
@@ -82,7 +82,7 @@ class Service:
         self._clock = clock
         self._tracker = EventTracker(settings.events, [(pack.manifest, pack.info) for pack in packs])
         self._results: asyncio.Queue[BatchResult | None] = asyncio.Queue()
-        self._retries_told: dict[str, tuple[str, int]] = {}
+        self._told: dict[str, tuple[str, int]] = {}
         batcher = Batcher(settings.engine.max_batch, SLOT_DEPTH, self.ledger)
         self._pool = EnginePool(
             batcher, self._generations.values(), settings.engine.threads, self._results.put_nowait, clock
@@ -223,7 +223,7 @@ class Service:
         """Nothing may be left of a source that was removed: cameras come and go for months."""
         source_id = source.settings.id
         self.frames_of_removed += source.supervisor.frames()["decoded"]
-        self._retries_told.pop(source_id, None)
+        self._told.pop(source_id, None)
         self._pool.forget(source_id)
         self.ledger.forget(source_id)
 
@@ -237,11 +237,15 @@ class Service:
 
     def _tell_of_retry(self, source_id: str, status: SourceStatus) -> None:
         """Once for each cause, then once a minute: a camera that is away for a week must not fill the log."""
-        cause, told_ns = self._retries_told.get(source_id, ("", 0))
-        if cause == status.cause and status.since_ns - told_ns < RETRY_TOLD_NS:
-            return
-        self._retries_told[source_id] = (status.cause, status.since_ns)
-        log.warning("%s; will try again", status.cause)
+        if self._is_news(source_id, status.cause, status.since_ns):
+            log.warning("%s; will try again", status.cause)
+
+    def _is_news(self, what: str, cause: str, now_ns: int) -> bool:
+        before, told_ns = self._told.get(what, ("", 0))
+        if cause == before and now_ns - told_ns < TOLD_AGAIN_NS:
+            return False
+        self._told[what] = (cause, now_ns)
+        return True
 
     def _offer(self, window: ClipWindow, live: bool) -> None:
         key = window.key
@@ -314,7 +318,9 @@ class Service:
             hop.drop("failed", not ok)
         if not ok:
             self.metrics.inference_failures.labels(type(result.error).__name__).inc()
-            log.error("pack %s, branch %s: a batch failed, its windows are dropped: %s", pack, branch, result.error)
+            # Once a minute: a pack that fails on every batch must not fill the log. A source's name has no slash.
+            if self._is_news(f"{pack}/{branch}", str(result.error), result.inferred_ns):
+                log.error("pack %s, branch %s: batches fail, their windows are dropped: %s", pack, branch, result.error)
 
     def _track(self, outcome: Outcome) -> list[Event]:
         if outcome.predictions is None:

@@ -24,7 +24,7 @@ from stream.engine_pool import BatchResult, EnginePool
 from stream.event_format import PackInfo
 from stream.packs import Generation, ServedPack
 from stream.settings import PackSettings
-from stream.swap import PackTrial
+from stream.trial import PackTrial
 from stream.types import CaptureClock, ClipWindow, ClockOrigin, Frame, WindowKey
 
 S = 1_000_000_000

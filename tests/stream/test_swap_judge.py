@@ -13,7 +13,8 @@ from stream.clock import NS_PER_S
 from stream.disagreement import Disagreement, HeadDisagreement
 from stream.engine_pool import PackLoad
 from stream.event_format import PackInfo
-from stream.swap import RolledBack, Swap, SwapRequest, TrialFigures, engines_needed, judge
+from stream.swap import RolledBack, Swap, SwapRequest, engines_needed, judge
+from stream.trial import TrialFigures
 from stream.types import Prediction
 from tests.stream.test_events import SHA, manifest, window
 
