@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from stream.ingest.decode import MediaStream, frame_interval_ns
 from stream.ingest.recording import (
     NO_RECORDING,
     TAG,
+    Connected,
     NotARecording,
     Note,
     PlayTime,
@@ -209,6 +211,8 @@ class PartWriter:
 
     def note(self, note: Note) -> None:
         """Append a note."""
+        if isinstance(note, Connected):
+            self._time.restart()
         packet = Packet(note_to_text(note).encode())
         packet.stream = self._notes
         packet.time_base = Fraction(1, 1000)
@@ -255,6 +259,11 @@ def open_part(path: Path) -> InputContainer:
         return av.open(f"file:{path}", format="matroska", options=_READ)
     except (av.error.InvalidDataError, av.error.EOFError):
         raise NotARecording(NO_RECORDING) from None
+    except av.error.FFmpegError as error:
+        if error.errno == errno.EIO:
+            # So FFmpeg calls a header that ends too early.
+            raise NotARecording(NO_RECORDING) from None
+        raise
 
 
 def read_title(container: InputContainer) -> Title:

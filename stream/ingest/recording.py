@@ -21,11 +21,13 @@ from stream.clock import NS_PER_MS, NS_PER_S
 FORMAT = 1
 """Version of all this; a reader refuses a higher one."""
 TAG = "SIGHTWIRE"
-NO_RECORDING = "not a recording of sightwire record"
+NO_RECORDING = "not a recording of sightwire record, or no more than the beginning of one"
 REPLAYED_SETTINGS = {"audio", "hop_s", "packs", "roi"}
 """Settings of a source that decide what its windows hold: a recording keeps them, and a replay takes them over."""
 MAX_GAP_NS = 10 * NS_PER_S
-"""A step of the timestamps by more than this is not shown to players."""
+"""A step of the timestamps forward by more than this is not shown to players."""
+MAX_LAG_NS = 2 * NS_PER_S
+"""Nor one back by more than this, which is more than one track lies behind the other."""
 
 _NONE = -(1 << 63)
 _STAMP = struct.Struct(">BQqqqqqB")
@@ -258,7 +260,7 @@ class PlayTime:
             dts_ms = last_ms + 1
             self._dts_ms[track] = dts_ms
             return dts_ms, dts_ms
-        if self._offset_ns is None or not -MAX_GAP_NS <= at_ns + self._offset_ns - self._newest_ns <= MAX_GAP_NS:
+        if self._offset_ns is None or not -MAX_LAG_NS <= at_ns + self._offset_ns - self._newest_ns <= MAX_GAP_NS:
             self._offset_ns = self._newest_ns + 100 * NS_PER_MS - at_ns
         shown_ns = max(0, at_ns + self._offset_ns)
         self._newest_ns = max(self._newest_ns, shown_ns)
@@ -267,6 +269,10 @@ class PlayTime:
         dts_ms = max(last_ms, 0, min(wanted_ms, pts_ms))
         self._dts_ms[track] = dts_ms
         return max(pts_ms, dts_ms), dts_ms
+
+    def restart(self) -> None:
+        """What follows has timestamps of its own."""
+        self._offset_ns = None
 
     @property
     def newest_ms(self) -> int:

@@ -23,7 +23,7 @@ _WAIT_FOR_KEY_NS = 10 * NS_PER_S
 class RecordingFiles:
     """Appends what happens to the newest file; begins another for other codec parameters, and when it is full.
 
-    All files of that name together keep to ``max_bytes``, give or take what comes between two key frames.
+    All files of that name together keep to ``max_bytes``.
     """
 
     def __init__(self, source_id: str, path: Path, max_bytes: int, settings: Mapping[str, Any]) -> None:
@@ -122,7 +122,8 @@ class RecordingFiles:
     def _make_room(self, parts: Mapping[int, Path]) -> None:
         sizes = {number: path.stat().st_size for number, path in parts.items()}
         for number, path in parts.items():
-            if sum(sizes.values()) + self._part_bytes <= self._max_bytes:
+            # A file that waits for a key frame grows to twice its size at most.
+            if sum(sizes.values()) + 2 * self._part_bytes <= self._max_bytes:
                 return
             path.unlink()
             del sizes[number]
