@@ -17,6 +17,8 @@ from stream.http.app import create_app
 from stream.http.packs import packs_router
 from stream.http.server import bind, serving
 from stream.http.sources import sources_router
+from stream.http.whip import Whip
+from stream.ingest.webrtc_hub import Publications
 from stream.metrics import PublisherView
 from stream.packs import FailedPack, ServedPack, load_packs
 from stream.publisher import Publisher
@@ -216,7 +218,12 @@ async def _run_and_publish(
                     sources_router(service.sources, clock),
                     packs_router(lambda: service.packs, lambda: list(service.failed_packs.values()), service.swaps),
                 )
-                app = create_app(settings.http, service.metrics.registry, service.ready.is_set, routers)
+                service.publications = Publications()
+                whip = Whip(service.sources, service.publications, settings, clock, service.ledger)
+                stack.push_async_callback(whip.aclose)
+                app = create_app(
+                    settings.http, service.metrics.registry, service.ready.is_set, routers, [whip.router()]
+                )
                 http = await stack.enter_async_context(serving(app, listener))
             where = Addresses(redacted_url(url), embedded, http, _backends(packs.served))
             failed = await _run_service(service, where, ending, started, seconds)

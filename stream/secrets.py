@@ -21,11 +21,16 @@ def register_secrets(settings: Settings) -> None:
         _remember(_password(settings.redis.url.get_secret_value()))
     if settings.http.token is not None:
         _remember(settings.http.token.get_secret_value())
+    for server in settings.webrtc.ice_servers:
+        if server.credential is not None:
+            _remember(server.credential.get_secret_value())
 
 
 def remember_source(source: SourceSettings) -> None:
-    """Remember the password of a source that came later."""
+    """Remember the secrets of a source that came later."""
     _remember(_password(source.url.get_secret_value()))
+    if source.publish_token is not None:
+        _remember(source.publish_token.get_secret_value())
 
 
 def _password(url: str) -> str:

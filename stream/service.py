@@ -17,6 +17,7 @@ from stream.event_format import Timing, source_event
 from stream.events import EventTracker
 from stream.ingest.address import AddressGuard
 from stream.ingest.open import CountingSource, open_recorder, open_source
+from stream.ingest.webrtc_hub import Publications
 from stream.metrics import Metrics, SourceView
 from stream.pack_metrics import PacksView
 from stream.packs import FailedPack, Generation, ServedPack, audio_rate, video_inputs, watches
@@ -70,6 +71,8 @@ class Service:
         self.ledger = Ledger(checked=settings.check_books)
         self.metrics = Metrics(self.ledger)
         self.sources = Sources(self._check_source, self._make_source, self._source_ended, self._forget_source)
+        self.publications: Publications | None = None
+        """Where publishers come to; set before ``run`` by whoever lets them in."""
         self.ready = asyncio.Event()
         """Set once the engines are warm and the sources started."""
         self.events_made = 0
@@ -192,6 +195,8 @@ class Service:
         extra: dict[str, Any] = {} if recorder is None else {"tap": recorder}
         if not settings.trusted:
             extra["guard"] = AddressGuard(self.settings.api.networks)
+        if settings.scheme == "webrtc":
+            extra["publications"] = self.publications
 
         def connect(first_epoch: int) -> CountingSource:
             return self._open_source(settings, inputs, rate, self._clock, first_epoch=first_epoch, **extra)
@@ -211,6 +216,8 @@ class Service:
     def _source_ended(self, source: RunningSource) -> None:
         if source.recorder is not None:
             source.recorder.close()
+        if self.publications is not None:
+            self.publications.forget(source.settings.id)
         for generation in self._generations.values():
             generation.store.forget(source.settings.id)
         self.swaps.source_ended(source.settings.id)
@@ -347,7 +354,7 @@ class Service:
         }
         views.encoded = self._encoded
         views.packs = lambda: PacksView(
-            self.packs, list(self.failed_packs), self.swaps.all(), dict(self.swaps.outcomes)
+            list(self._generations.values()), list(self.failed_packs), self.swaps.all(), dict(self.swaps.outcomes)
         )
 
     def _encoded(self) -> dict[str, int]:

@@ -12,6 +12,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    IPvAnyAddress,
     IPvAnyNetwork,
     SecretStr,
     ValidationError,
@@ -27,9 +28,9 @@ from stream.schedule import Hours
 
 NETWORK_SCHEMES = ("rtsp", "rtsps", "rtmp", "rtmps", "srt", "http", "https", "udp")
 """Schemes of addresses that name a host; ``udp`` names where to listen."""
-SCHEMES = (*NETWORK_SCHEMES, "v4l2", "file", "synthetic", "replay")
+SCHEMES = (*NETWORK_SCHEMES, "webrtc", "v4l2", "file", "synthetic", "replay")
 """Kinds of source this version opens."""
-API_SCHEMES = ("rtsp", "rtsps", "rtmp", "rtmps", "srt", "http", "https", "synthetic")
+API_SCHEMES = ("rtsp", "rtsps", "rtmp", "rtmps", "srt", "http", "https", "webrtc", "synthetic")
 """Those that a source may have that comes through the API: nothing that is on this machine."""
 
 SourceId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
@@ -121,6 +122,8 @@ class SourceSettings(_Section):
     """When it is watched; always when not given."""
     trusted: bool = True
     """Whether the operator named it, who may name any host and file. What comes through the API never is."""
+    publish_token: SecretStr | None = None
+    """Bearer token for publishing to a ``webrtc:`` source, beside the service's own."""
     record: Path | None = None
     """File to record it to while it is watched, to be replayed by ``sightwire replay``."""
     record_max_mb: Annotated[int, Field(ge=8)] = 4096
@@ -132,6 +135,8 @@ class SourceSettings(_Section):
         scheme = source_scheme(url.get_secret_value())
         if scheme not in SCHEMES:
             raise ValueError(f"scheme {scheme!r} is not supported; use one of {', '.join(SCHEMES)} or a file path")
+        if scheme == "webrtc" and not is_publishing(url.get_secret_value()):
+            raise ValueError("webrtc:// takes no address: publishers come to this service")
         if scheme in NETWORK_SCHEMES and has_loose_password(url.get_secret_value()):
             raise ValueError("the password must be percent-encoded (/ is %2F, # is %23, ? is %3F, @ is %40)")
         return url
@@ -143,12 +148,18 @@ class SourceSettings(_Section):
         return self
 
     @model_validator(mode="after")
+    def _may_be_published(self) -> Self:
+        if self.publish_token is not None and self.scheme != "webrtc":
+            raise ValueError("publish_token: only sources with url webrtc: are published to")
+        return self
+
+    @model_validator(mode="after")
     def _may_be_recorded(self) -> Self:
         if self.record is None:
             return self
         if not self.trusted:
             raise ValueError("record: only the configuration file may name a file to write")
-        if self.scheme in ("file", "synthetic", "replay"):
+        if self.scheme in ("file", "synthetic", "replay", "webrtc"):
             raise ValueError(f"record: a {self.scheme} source is not recorded; record cameras and streams")
         if self.privacy:
             raise ValueError("record: packets are kept as they come, without the privacy masks; leave out one of both")
@@ -165,8 +176,15 @@ class SourceSettings(_Section):
         return self.scheme not in ("file", "synthetic", "replay") or self.pace is Pace.REALTIME
 
 
+def is_publishing(url: str) -> bool:
+    """Whether the address stands for whoever publishes to the source over WebRTC: it names no host."""
+    return url.lower() in ("webrtc:", "webrtc://")
+
+
 def source_scheme(url: str) -> str:
     """Scheme of a source URL; a plain path is ``file``."""
+    if is_publishing(url):
+        return "webrtc"
     head, colon, _ = url.partition("://")
     return head.lower() if colon else "file"
 
@@ -176,6 +194,8 @@ def redacted_url(url: str) -> str:
     scheme = source_scheme(url)
     if scheme == "file":
         return url
+    if scheme == "webrtc":
+        return "webrtc://"
     # By hand: an unescaped /, # or ? in a password would leave a part of it in what urlsplit takes for the path.
     rest = url.partition("://")[2].rpartition("@")[2]
     return f"{scheme}://{rest.partition('?')[0].partition('#')[0]}"
@@ -194,6 +214,30 @@ class ApiSettings(_Section):
     networks: tuple[IPvAnyNetwork, ...] | None = None
     """The only networks they may reach; when not given, all but this machine, its links, multicast and metadata
     services. A network opens one of those only if it names it closely: 127.0.0.0/8 does, 0.0.0.0/0 does not."""
+
+
+IceUrl = Annotated[str, Field(pattern=r"^(stun|stuns|turn|turns):[A-Za-z0-9.:_\[\]-]+(\?transport=(udp|tcp))?$")]
+
+
+class IceServer(_Section):
+    """A STUN or TURN server."""
+
+    urls: Annotated[tuple[IceUrl, ...], Field(min_length=1)]
+    """``stun:host[:port]``, ``turn:host[:port][?transport=udp|tcp]``, …"""
+    username: str | None = None
+    credential: SecretStr | None = None
+
+
+class WebRtcSettings(_Section):
+    """How publishers over WebRTC are received (WHIP)."""
+
+    ice_servers: tuple[IceServer, ...] = ()
+    """Servers that help to find a way through networks; publishers are told of them too. One STUN and one TURN server
+    are used here."""
+    addresses: tuple[IPvAnyAddress, ...] | None = None
+    """Addresses of this machine to receive media on. When not given: the one that HTTP listens on."""
+    connect_timeout_s: Seconds = 15.0
+    """How long a publisher may take to connect after its offer was answered."""
 
 
 class PackSettings(_Section):
@@ -317,6 +361,7 @@ class Settings(BaseSettings):
     redis: RedisSettings = RedisSettings()
     http: HttpSettings = HttpSettings()
     api: ApiSettings = ApiSettings()
+    webrtc: WebRtcSettings = WebRtcSettings()
     events: EventSettings = EventSettings()
     windows: WindowSettings = WindowSettings()
     spool: SpoolSettings = SpoolSettings()

@@ -19,10 +19,12 @@ def create_app(
     registry: CollectorRegistry,
     is_ready: Callable[[], bool],
     routers: Sequence[APIRouter] = (),
+    unguarded: Sequence[APIRouter] = (),
 ) -> FastAPI:
     """The application. ``/healthz`` is open to anybody; everything else needs the token when there is one.
 
-    ``routers`` bring the resources of the API, one from each module beside this one.
+    ``routers`` bring the resources of the API, one from each module beside this one; those that are ``unguarded`` have
+    rules of their own.
     """
     app = FastAPI(title="Sightwire", docs_url=None, redoc_url=None, openapi_url=None)
     token = settings.token.get_secret_value() if settings.token is not None else None
@@ -65,4 +67,6 @@ def create_app(
 
     for router in routers:
         app.include_router(router, dependencies=[Depends(guarded)])
+    for router in unguarded:
+        app.include_router(router)
     return app

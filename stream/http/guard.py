@@ -27,12 +27,13 @@ def check_change(request: Request, *, has_token: bool) -> None:
     if request.method in SAFE or not request.url.path.startswith(API):
         return
     if not has_token:
-        _check_origin(request)
+        check_origin(request)
     if request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers:
         _check_json(request)
 
 
-def _check_origin(request: Request) -> None:
+def check_origin(request: Request) -> None:
+    """Refuse what a page of another origin, or of a name that is not this machine's, may have caused: 403."""
     host = request.headers.get("host", "")
     if not _is_loopback(host):
         raise HTTPException(403, f"host {host!r} is not a loopback address; set http.token to allow others")

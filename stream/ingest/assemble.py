@@ -147,7 +147,9 @@ class Assembler(Generic[P]):
         """Take a text of ``[pts_ns, end_ns)``, or of an instant; tells whether there is an epoch that it can be of."""
         if self._selector is None:
             return False
-        self._emit(TextItem(self._source_id, self._epoch, pts_ns, end_ns, arrival_ns, text))
+        # What was said before the first picture belongs to it.
+        start_ns = max(pts_ns, self._selector.origin_ns)
+        self._emit(TextItem(self._source_id, self._epoch, start_ns, max(end_ns, start_ns), arrival_ns, text))
         return True
 
     def hand_over_audio(self) -> None:

@@ -16,6 +16,8 @@ from stream.ingest.replay import ReplaySource
 from stream.ingest.stats import DecodeStats
 from stream.ingest.synthetic import SyntheticSource
 from stream.ingest.tap import Tap
+from stream.ingest.webrtc import WebRtcSource
+from stream.ingest.webrtc_hub import Publications
 from stream.regions import Blackout
 from stream.settings import SourceSettings
 from stream.types import Emit, Frame, MediaItem, Source, StopFlag
@@ -36,16 +38,22 @@ def open_source(
     first_epoch: int = 0,
     tap: Tap | None = None,
     guard: AddressGuard | None = None,
+    publications: Publications | None = None,
 ) -> CountingSource:
     """The source of these settings; nothing is connected before ``run``.
 
     ``inputs`` are the video inputs of every branch that watches it (none: video is not decoded), ``audio_rate``
     the rate that audio is resampled to (``None``: audio is not decoded), ``first_epoch`` the number of its first
     epoch (a reconnection goes on counting). ``tap`` looks on at the packets of a network source.
-    ``guard`` says what sources may connect to that are not trusted; the default one when not given. Raises
+    ``guard`` says what sources may connect to that are not trusted; the default one when not given.
+    ``publications`` are where publishers come to, for a source that is published to. Raises
     ``SourceError`` when the address cannot be understood.
     """
-    source = _open(settings, inputs, audio_rate, clock, first_epoch, tap, guard)
+    source: CountingSource
+    if settings.scheme == "webrtc":
+        source = WebRtcSource(settings, inputs, audio_rate, clock, first_epoch, publications)
+    else:
+        source = _open(settings, inputs, audio_rate, clock, first_epoch, tap, guard)
     blackout = Blackout(settings.privacy, settings.roi)
     return Blackened(source, blackout) if blackout else source
 

@@ -1,0 +1,272 @@
+"""One publisher's peer connection, from its offer to its end. Lives on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aiortc import (
+    RTCConfiguration,
+    RTCDataChannel,
+    RTCIceServer,
+    RTCPeerConnection,
+    RTCRtpTransceiver,
+    RTCSessionDescription,
+)
+from aiortc.exceptions import InvalidAccessError, InvalidStateError, OperationError
+
+from stream.accounting import Ledger
+from stream.clock import NS_PER_S, Clock
+from stream.ingest.errors import Failure
+from stream.ingest.webrtc_frames import AudioFrames, MediaPacket, VideoFrames
+from stream.ingest.webrtc_inbox import Announced, Inbox, TimedFrame, TimedText, gone
+from stream.ingest.webrtc_private import clock_rate, divert, listen_only_on, payload_codecs
+from stream.ingest.webrtc_sdp import CANDIDATES_LIMIT, BadOffer, UnusableOffer, check_offer, read_fragment
+from stream.ingest.webrtc_text import TEXT_CHANNEL, TextGate
+from stream.ingest.webrtc_timing import MediaClock
+from stream.settings import WebRtcSettings
+
+log = logging.getLogger(__name__)
+
+SILENT_NS = 2 * NS_PER_S
+"""A track whose sender has said nothing for this long may be taken over by another sender number."""
+CLOSE_S = 5.0
+"""How long a connection may take to close."""
+
+
+class IceRestart(Exception):
+    """The publisher wants new ICE credentials, which is not supported."""
+
+
+@dataclass(slots=True, eq=False)
+class _Track:
+    """What is known of the sender of one track."""
+
+    rate: int
+    frames: VideoFrames | AudioFrames
+    fresh: Callable[[], VideoFrames | AudioFrames]
+    ssrc: int | None = None
+    newest_ns: int = 0
+    gone: bool = False
+
+
+class Session:
+    """Takes what one publisher sends into its inbox. ``ended`` is called once, when it is over, whatever ended it."""
+
+    def __init__(
+        self,
+        source_id: str,
+        settings: WebRtcSettings,
+        addresses: tuple[str, ...] | None,
+        clock: Clock,
+        ledger: Ledger,
+        ended: Callable[[Session], None],
+    ) -> None:
+        """``addresses`` are those of this machine to receive on; ``None`` for all but loopback."""
+        self.source_id = source_id
+        self.inbox: Inbox | None = None
+        """Its media; ``None`` before ``answer``."""
+        self._settings = settings
+        self._addresses = addresses
+        self._clock = clock
+        self._hop = ledger.hop(source_id, "webrtc_frames")
+        self._text_hop = ledger.hop(source_id, "webrtc_texts")
+        self._ended = ended
+        self._media = MediaClock()
+        self._tracks: dict[str, _Track] = {}
+        self._gate = TextGate(clock, self._media, self._text_hop)
+        self._ice: tuple[str, str] | None = None
+        self._candidates = 0
+        self._etag = ""
+        self._over = False
+        self._closing: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._deadline: asyncio.TimerHandle | None = None
+        self._connection = RTCPeerConnection(RTCConfiguration(iceServers=_ice_servers(settings)))
+        self._connection.on("connectionstatechange", self._state_changed)
+        self._connection.on("datachannel", self._take_channel)
+
+    @property
+    def etag(self) -> str:
+        """Names the ICE session that candidates are added to."""
+        return self._etag
+
+    async def answer(self, offer: str) -> str:
+        """The SDP that answers an offer; media may come from then on.
+
+        Raises ``BadOffer`` or ``UnusableOffer``; the session must be closed then too.
+        """
+        offered = check_offer(offer)
+        self._ice = offered.ice
+        self._etag = hashlib.sha256("\0".join(offered.ice).encode()).hexdigest()[:16]
+        self.inbox = Inbox(Announced(offered.video, offered.audio), self._hop, self._text_hop, self._released)
+        try:
+            await self._connection.setRemoteDescription(RTCSessionDescription(offer, "offer"))
+        except OperationError:
+            raise UnusableOffer("no codec in common; offer H.264 (baseline) or VP8, and Opus") from None
+        except (ValueError, InvalidStateError, InvalidAccessError) as error:
+            raise UnusableOffer(f"the offer cannot be taken: {error}") from None
+        for transceiver in self._connection.getTransceivers():
+            if (transceiver.kind == "video" and offered.video) or (transceiver.kind == "audio" and offered.audio):
+                self._receive(transceiver)
+        if self._addresses is not None:
+            listen_only_on(self._connection, self._addresses)
+        await self._connection.setLocalDescription(await self._connection.createAnswer())
+        self._deadline = self._loop.call_later(self._settings.connect_timeout_s, self._not_connected)
+        return str(self._connection.localDescription.sdp)
+
+    async def trickle(self, body: str) -> None:
+        """Take more candidates. Raises ``BadOffer``, ``UnusableOffer`` or ``IceRestart``."""
+        fragment = read_fragment(body)
+        if fragment.ice is not None and fragment.ice != self._ice:
+            raise IceRestart("ICE cannot be restarted here; end the session and publish anew")
+        self._candidates += len(fragment.candidates)
+        if self._candidates > CANDIDATES_LIMIT:
+            raise UnusableOffer(f"more than {CANDIDATES_LIMIT} candidates")
+        # Everything is bundled: whatever section they name, there is one transport.
+        ice = self._connection.getTransceivers()[0].receiver.transport.transport
+        for candidate in fragment.candidates:
+            try:
+                await ice.addRemoteCandidate(candidate)
+            except ValueError:
+                raise BadOffer("a candidate has no address that can be understood") from None
+        if fragment.complete:
+            await ice.addRemoteCandidate(None)
+
+    async def aclose(self, reason: Failure = Failure.ENDED, detail: str = "the publisher has ended it") -> None:
+        """End it, for this reason; returns when nothing of it is left."""
+        self._end(reason, detail)
+        if self._closing is not None:
+            await asyncio.wait({self._closing})
+
+    def _end(self, reason: Failure, detail: str) -> None:
+        """Whatever ends it comes through here, the first time with effect."""
+        if self._over:
+            return
+        self._over = True
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._gate.close()
+        if self.inbox is not None:
+            self.inbox.end(gone(self.source_id, reason, detail))
+        self._closing = self._loop.create_task(self._close(), name=f"close publisher of {self.source_id}")
+
+    async def _close(self) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await self._connection.close()
+        except TimeoutError:
+            log.warning("source %s: a publisher's connection did not close in time", self.source_id)
+        finally:
+            self._ended(self)
+
+    def _released(self) -> None:
+        """The source takes no more; called on any thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._end, Failure.ENDED, "the source has let it go")
+        except RuntimeError:
+            # The loop is gone, and everything with it.
+            return
+
+    def _not_connected(self) -> None:
+        self._end(Failure.TIMEOUT, "the publisher did not connect in time; check that UDP gets through")
+
+    def _state_changed(self) -> None:
+        match self._connection.connectionState:
+            case "connected":
+                if self._deadline is not None:
+                    self._deadline.cancel()
+            case "failed":
+                self._end(Failure.CONNECTION_LOST, "the connection to the publisher was lost")
+            case "closed":
+                self._end(Failure.ENDED, "the publisher has ended it")
+
+    def _receive(self, transceiver: RTCRtpTransceiver) -> None:
+        codecs, rate, kind = payload_codecs(transceiver), clock_rate(transceiver), transceiver.kind
+
+        def fresh() -> VideoFrames | AudioFrames:
+            return VideoFrames(codecs, self._hop) if kind == "video" else AudioFrames(codecs, self._hop)
+
+        self._tracks[kind] = track = _Track(rate, fresh(), fresh)
+        take = self._take_video if kind == "video" else self._take_audio
+        divert(
+            transceiver,
+            lambda packet: take(track, packet),
+            lambda ssrc, ntp, timestamp: self._take_report(kind, ssrc, ntp, timestamp),
+            lambda: self._track_ended(track),
+        )
+
+    def _adopt(self, track: _Track, packet: MediaPacket, now_ns: int) -> bool:
+        """Whether a packet is of the track's sender; another one may take its place when it has fallen silent."""
+        if packet.ssrc == track.ssrc:
+            track.newest_ns = now_ns
+            return True
+        if track.ssrc is not None and now_ns - track.newest_ns < SILENT_NS:
+            return False
+        track.frames, track.ssrc, track.newest_ns = track.fresh(), packet.ssrc, now_ns
+        (self._media.restart_video if isinstance(track.frames, VideoFrames) else self._media.restart_audio)(track.rate)
+        return True
+
+    def _take_video(self, track: _Track, packet: MediaPacket) -> bool:
+        now_ns, inbox = self._clock.monotonic_ns(), self.inbox
+        if inbox is None or not self._adopt(track, packet, now_ns):
+            return False
+        frames, clock = track.frames, self._media.video
+        assert isinstance(frames, VideoFrames) and clock is not None
+        clock.packet(packet.timestamp, now_ns)
+        if inbox.key_wanted():
+            frames.need_key()
+        for frame in frames.add(packet, now_ns):
+            pts_ns = self._media.video_pts_ns(frame.timestamp)
+            inbox.put(TimedFrame(frame, True, pts_ns, self._media.wall_offset_ns()))
+        self._put_texts(self._gate.timed())
+        return frames.asks_for_key(now_ns)
+
+    def _take_audio(self, track: _Track, packet: MediaPacket) -> bool:
+        now_ns, inbox = self._clock.monotonic_ns(), self.inbox
+        if inbox is None or not self._adopt(track, packet, now_ns):
+            return False
+        clock = self._media.audio
+        assert clock is not None
+        clock.packet(packet.timestamp, now_ns)
+        for frame in track.frames.add(packet, now_ns):
+            pts_ns = self._media.audio_pts_ns(frame.timestamp)
+            inbox.put(TimedFrame(frame, False, pts_ns, self._media.wall_offset_ns()))
+        self._put_texts(self._gate.timed())
+        return False
+
+    def _take_report(self, kind: str, ssrc: int, ntp: int, timestamp: int) -> None:
+        clock = self._media.video if kind == "video" else self._media.audio
+        if clock is not None and self._tracks[kind].ssrc == ssrc:
+            clock.report(ntp, timestamp)
+
+    def _track_ended(self, track: _Track) -> None:
+        track.gone = True
+        if all(other.gone for other in self._tracks.values()):
+            self._end(Failure.ENDED, "the publisher has ended it")
+
+    def _take_channel(self, channel: RTCDataChannel) -> None:
+        if channel.label != TEXT_CHANNEL:
+            log.info("source %s: a data channel that is not named %r is closed", self.source_id, TEXT_CHANNEL)
+            channel.close()
+            return
+        channel.on("message", lambda message: self._put_texts(self._gate.take(message)))
+
+    def _put_texts(self, texts: list[TimedText]) -> None:
+        for text in texts:
+            if self.inbox is not None:
+                self.inbox.put_text(text)
+
+
+def _ice_servers(settings: WebRtcSettings) -> list[RTCIceServer]:
+    return [
+        RTCIceServer(
+            list(server.urls),
+            server.username,
+            None if server.credential is None else server.credential.get_secret_value(),
+        )
+        for server in settings.ice_servers
+    ]
