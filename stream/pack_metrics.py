@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from stream.disagreement import HeadDisagreement
-from stream.packs import ServedPack
+from stream.packs import Generation, ServedPack
 from stream.swap import Swap, SwapPhase
 
 
@@ -16,7 +16,7 @@ from stream.swap import Swap, SwapPhase
 class PacksView:
     """What the collector reads of the packs."""
 
-    serving: Sequence[ServedPack] = ()
+    serving: Sequence[Generation] = ()
     """Those at work."""
     failed: Collection[str] = ()
     """Names of those that are wanted but do not run."""
@@ -29,12 +29,13 @@ class PacksView:
 def pack_metrics(view: PacksView) -> Iterator[Metric]:
     """All metrics of packs."""
     up = GaugeMetricFamily("sightwire_pack_up", "1 for a pack at work, 0 for one that cannot be run", labels=["pack"])
-    for pack in view.serving:
-        up.add_metric([pack.name], 1)
+    for generation in view.serving:
+        up.add_metric([generation.pack.name], 1)
     for name in view.failed:
         up.add_metric([name], 0)
     yield up
-    yield from _engines(view.serving)
+    yield from _engines([generation.pack for generation in view.serving])
+    yield from _states(view.serving)
     yield from _swaps(view)
 
 
@@ -52,6 +53,21 @@ def _engines(serving: Sequence[ServedPack]) -> Iterator[Metric]:
             if (error := pack.parity.get(spec.graph)) is not None:
                 parity.add_metric(identity, error)
     yield from (info, parity)
+
+
+def _states(serving: Sequence[Generation]) -> Iterator[Metric]:
+    size = GaugeMetricFamily("sightwire_state_bytes", "Memory of the states of stateful packs", labels=["pack"])
+    evicted = CounterMetricFamily(
+        "sightwire_state_evictions", "Sources that lost their states to others", labels=["pack"]
+    )
+    restarted = CounterMetricFamily(
+        "sightwire_state_restarts", "Windows within an epoch computed from an empty past", labels=["pack"]
+    )
+    for generation in serving:
+        memory = generation.store
+        for family, value in ((size, memory.state_bytes), (evicted, memory.evicted), (restarted, memory.restarted)):
+            family.add_metric([generation.pack.name], value)
+    yield from (size, evicted, restarted)
 
 
 def _swaps(view: PacksView) -> Iterator[Metric]:

@@ -17,6 +17,7 @@ import pytest
 
 from engines import tinypack
 from engines.tinypack import write_tiny_pack
+from engines.tinystateful import write_tiny_stateful_pack
 from stream import swap as swapping
 from stream.clock import SystemClock
 from stream.http.app import create_app
@@ -394,3 +395,22 @@ async def test_bad_requests_are_one_line(tiny_pack: Path, tmp_path: Path, monkey
             )
             assert answer.status_code == 422 and isinstance(answer.json()["detail"], str), answer.text
         assert (await s.pack())["state"] == "serving"
+
+
+async def test_states_of_the_new_pack_are_its_own_and_stay(tiny_stateful_pack: Path) -> None:
+    write_tiny_stateful_pack(home() / "packs" / "night", name="night")
+    name = "tiny-stateful"
+    async with serving(tiny_stateful_pack) as s:
+        # From an empty past, a picture that is all white scores as it always did.
+        done = await s.swapped(name, pack="night", compare_s=0.5)
+        assert done["phase"] == "done", done["cause"]
+        assert done["heads"]["action"]["disagreement"] == 0
+        windows = s.service.metrics.views.windows
+        enough = windows[name, "ok"] + 100
+        async with asyncio.timeout(30):
+            while windows[name, "ok"] < enough:  # noqa: ASYNC110 - counts tell nobody
+                await asyncio.sleep(0.02)
+        told = await s.metrics()
+        assert told[f'sightwire_state_bytes{{pack="{name}"}}'] > 0
+        # Its past begins where the comparison did, within the epoch, and nowhere else: not at the cut.
+        assert told[f'sightwire_state_restarts_total{{pack="{name}"}}'] == 1
