@@ -12,6 +12,7 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Discard, Disposition, Stream
+from av.subtitles.stream import SubtitleStream
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from stream.clock import NS_PER_S
 from stream.errors import SourceError
 from stream.ingest.assemble import Assembler, Tracks
+from stream.ingest.captions import Caption, read_captions, select_text
 from stream.ingest.errors import Failure, failure
 from stream.ingest.resample import MonoResampler
 from stream.ingest.stats import DecodeStats
@@ -30,6 +32,8 @@ BAD_READS_LIMIT = 100
 """Failed reads in a row after which a source is given up."""
 _GATHERED_LIMIT = 8
 """Audio packets that are decoded together at most."""
+_TEXTS_HELD = 16
+"""Captions kept that came before the first picture."""
 _ARRIVALS_KEPT = 64
 """More packets than any codec holds back to put frames in order."""
 
@@ -42,10 +46,17 @@ class Selected:
 
     video: VideoStream | None
     audio: AudioStream | None
+    text: SubtitleStream | None = None
+    """Captions."""
+
+    @property
+    def all(self) -> tuple[Stream, ...]:
+        """Video, audio and captions, as far as they are there."""
+        return self.streams if self.text is None else (*self.streams, self.text)
 
     @property
     def streams(self) -> tuple[MediaStream, ...]:
-        """Those that are there."""
+        """Video and audio, as far as they are there."""
         return tuple(stream for stream in (self.video, self.audio) if stream is not None)
 
     def tracks(self, sample_rate: int | None, *, timed: bool = True) -> Tracks:
@@ -64,9 +75,10 @@ def select_streams(container: InputContainer, *, video: bool, audio: bool) -> Se
     selected = Selected(
         best_video if isinstance(best_video, VideoStream) and _is_moving(best_video) else None,
         best_audio if isinstance(best_audio, AudioStream) and best_audio.codec_context is not None else None,
+        select_text(container),
     )
     for stream in container.streams:
-        if stream.index not in [wanted.index for wanted in selected.streams]:
+        if stream.index not in [wanted.index for wanted in selected.all]:
             stream.discard = Discard.all
     return selected
 
@@ -116,7 +128,7 @@ class FrameRenderer:
 
 def read_packets(
     container: InputContainer,
-    streams: tuple[MediaStream, ...],
+    streams: tuple[Stream, ...],
     stats: DecodeStats,
     on_silence: Callable[[], bool],
 ) -> Iterator[Packet[Stream]]:
@@ -171,6 +183,8 @@ class Decoder:
         self._video_ns: int | None = None if live else 0
         self._audio_known = not live
         self._bad_run = 0
+        self._text_index = -1 if selected.text is None else selected.text.index
+        self._texts: list[tuple[Caption, int]] = []
         self._gathered: list[tuple[Packet[Stream], int]] = []
         self._audio_due_ns = 0
         if selected.video is not None:
@@ -192,9 +206,22 @@ class Decoder:
         if packet.stream.index == self._audio_index:
             self._feed_audio(packet, arrival_ns)
             return
+        if packet.stream.index == self._text_index:
+            self._texts += [(caption, arrival_ns) for caption in read_captions(packet)]
+            self._hand_on_texts()
+            return
         if packet.pts is not None:
             self._remember(packet.pts, arrival_ns)
         self._decode(packet, arrival_ns)
+
+    def _hand_on_texts(self) -> None:
+        """Captions may come before the first picture, when there is no epoch yet that they could be of."""
+        del self._texts[:-_TEXTS_HELD]
+        while self._texts:
+            (begin_ns, end_ns, text), arrival_ns = self._texts[0]
+            if not self._assembler.text(begin_ns, end_ns, arrival_ns, text):
+                return
+            del self._texts[0]
 
     def _feed_audio(self, packet: Packet[Stream], arrival_ns: int) -> None:
         """Gather small packets until a window could want them: a few decoded at once cost fewer wake-ups and items."""
@@ -226,6 +253,8 @@ class Decoder:
         for frame in frames:
             if isinstance(frame, VideoFrame):
                 self._video(frame, arrival_ns)
+                if self._texts:
+                    self._hand_on_texts()
             elif isinstance(frame, AudioFrame):
                 self._audio(frame, arrival_ns)
 

@@ -160,8 +160,8 @@ class FileSource:
         self, container: InputContainer, selected: Selected, pacer: Pacer | None, stop: StopFlag
     ) -> Iterator[tuple[Packet[Stream], int]]:
         """Packets with their arrival times, which are their due times where the pace is real time."""
-        bases = {stream.index: stream.time_base or Fraction(1) for stream in selected.streams}
-        for packet in read_packets(container, selected.streams, self.stats, lambda: not stop.is_set()):
+        bases = {stream.index: stream.time_base or Fraction(1) for stream in selected.all}
+        for packet in read_packets(container, selected.all, self.stats, lambda: not stop.is_set()):
             if pacer is None:
                 yield packet, self._clock.monotonic_ns()
                 continue

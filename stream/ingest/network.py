@@ -188,7 +188,7 @@ class NetworkSource:
             if arrival_ns >= report_due_ns:
                 report_due_ns = arrival_ns + REPORT_CHECK_NS
                 offset_ns = reported_offset_ns(packet)
-            if self._tap is not None:
+            if self._tap is not None and packet.stream is not selected.text:
                 self._tap.received(packet, arrival_ns, offset_ns)
             if offset_ns is not None:
                 assembler.sender_report(offset_ns)
@@ -210,7 +210,7 @@ class NetworkSource:
             return not link.stop.is_set()
 
         pacer = Pacer(newest_ns) if connection.paced else None
-        for packet in read_packets(connection.container, selected.streams, self.stats, on_silence):
+        for packet in read_packets(connection.container, selected.all, self.stats, on_silence):
             newest_ns = self._clock.monotonic_ns()
             if pacer is not None and packet.dts is not None:
                 due_ns = pacer.due(to_ns(packet.dts, packet.time_base))

@@ -1,0 +1,54 @@
+"""Captions and text tracks: their packets as plain text with times."""
+
+from __future__ import annotations
+
+import re
+
+import av.error
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Stream
+from av.subtitles.stream import SubtitleStream
+from av.subtitles.subtitle import AssSubtitle
+
+from stream.clock import NS_PER_S
+from stream.ingest.timeline import to_ns
+
+CODECS = frozenset({"mov_text", "srt", "subrip", "webvtt", "ass", "ssa", "text"})
+"""Those that hold text; others hold pictures of it."""
+LONGEST = 2000
+"""Characters kept of one caption."""
+SHOWN_NS = 3 * NS_PER_S
+"""How long a caption is shown that does not say."""
+_STYLE = re.compile(r"\{[^}]*\}|<[^>]*>")
+
+Caption = tuple[int, int, str]
+"""Begin and end in ns on the media timeline, text."""
+
+
+def select_text(container: InputContainer) -> SubtitleStream | None:
+    """FFmpeg's best track of captions, if it is text."""
+    best = container.streams.best("subtitle")
+    if not isinstance(best, SubtitleStream) or best.codec_context is None:
+        return None
+    return best if best.codec_context.name in CODECS else None
+
+
+def read_captions(packet: Packet[Stream]) -> list[Caption]:
+    """What a packet of a text track says; nothing for one that is damaged or blank."""
+    if not packet.size or packet.pts is None:
+        return []
+    try:
+        parts = packet.decode()
+    except av.error.FFmpegError:
+        return []
+    begin_ns = to_ns(packet.pts, packet.time_base)
+    length_ns = to_ns(packet.duration, packet.time_base) if packet.duration else SHOWN_NS
+    texts = (_plain(part) for part in parts if isinstance(part, AssSubtitle))
+    return [(begin_ns, begin_ns + length_ns, text) for text in texts if text]
+
+
+def _plain(part: AssSubtitle) -> str:
+    """Without styles and line breaks."""
+    text = part.dialogue.decode(errors="replace")
+    return " ".join(_STYLE.sub("", text).split())[:LONGEST]
