@@ -11,7 +11,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from engines.backends import Compiled, EngineOptions, first_line
-from engines.checks import PortShape, check_inputs, check_interface, check_outputs, failed, zeros
+from engines.checks import InputCheck, PortShape, check_interface, check_outputs, failed, zeros
 from engines.errors import BackendUnavailable, GraphLoadError, InferenceError
 from engines.manifest import GraphSpec
 from engines.onnx_binding import all_on_host, run_bound
@@ -164,6 +164,7 @@ class OnnxEngine:
         self._session = session
         self._outputs = [tensor.name for tensor in spec.outputs]
         self._spec = spec
+        self._check = InputCheck(spec)
 
     @property
     def spec(self) -> EngineSpec:
@@ -179,9 +180,9 @@ class OnnxEngine:
         """See ``Engine``."""
         if self._session is None:
             raise InferenceError(f"pack {self._spec.pack}: graph {self._spec.graph} is closed")
-        check_inputs(self._spec, inputs)
+        usual = self._check(inputs)
         try:
-            if all_on_host(inputs):
+            if usual or all_on_host(inputs):
                 values = self._session.run(self._outputs, dict(inputs))
             else:
                 values = run_bound(self._session, self._outputs, inputs)

@@ -10,11 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from engines.backends import Compiled, EngineOptions
 from engines.cache import ArtifactCache, CacheKey
-from engines.checks import PortShape, check_inputs, check_interface, check_outputs, failed, zeros
+from engines.checks import InputCheck, PortShape, check_interface, check_outputs, failed, zeros
 from engines.errors import BackendUnavailable, GraphLoadError, InferenceError
 from engines.machine import machine_id
 from engines.manifest import GraphSpec, TensorSpec
@@ -119,7 +117,8 @@ def _one_by_one(graph: GraphSpec) -> bool:
     return best_part(graph) == 1
 
 
-def _compile(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Any:
+def compile_model(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Any:
+    """A graph compiled as every engine runs it. Raises ``ManifestError``, and ``RuntimeError`` from OpenVINO."""
     model = _core().read_model(str(path))
     _check_ports(pack, graph, model, fixed=False)
     if _one_by_one(graph):
@@ -130,18 +129,17 @@ def _compile(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) ->
 
 def _compiled(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Any:
     """A compiled model, from the cache where there is one."""
-    properties = _properties(options)
     if options.cache_dir is None:
-        return _compile(path, pack, graph, options)
+        return compile_model(path, pack, graph, options)
     cached, key = ArtifactCache(options.cache_dir), _key(graph, options)
     if (blob := cached.get(key)) is not None:
         try:
-            compiled = _core().import_model(blob, "CPU", properties)
+            compiled = _core().import_model(blob, "CPU", _properties(options))
             _check_ports(pack, graph, compiled, fixed=_one_by_one(graph))
             return compiled
         except RuntimeError as error:
             _log.warning("cached engine of graph %s is refused (%s); compiling it again", graph.name, _cause(error))
-    compiled = _compile(path, pack, graph, options)
+    compiled = compile_model(path, pack, graph, options)
     try:
         cached.put(key, compiled.export_model().getvalue())
     except OSError as error:
@@ -194,8 +192,13 @@ class OpenVinoEngine:
 
     def __init__(self, request: Any, spec: EngineSpec) -> None:
         self._request = request
-        self._outputs = [tensor.name for tensor in spec.outputs]
         self._spec = spec
+        self._check = InputCheck(spec)
+        ports = [port.get_names() for port in request.model_outputs]
+        # Looking outputs up by name takes OpenVINO longer than a small graph allows.
+        self._outputs = [
+            (one.name, next(n for n, names in enumerate(ports) if one.name in names)) for one in spec.outputs
+        ]
 
     @property
     def spec(self) -> EngineSpec:
@@ -211,12 +214,11 @@ class OpenVinoEngine:
         """See ``Engine``."""
         if self._request is None:
             raise InferenceError(f"pack {self._spec.pack}: graph {self._spec.graph} is closed")
-        check_inputs(self._spec, inputs)
-        shared = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        self._check(inputs)
         try:
             # Inputs are read in place; outputs are copied out, since the request's own memory is used again.
-            values = self._request.infer(shared, share_inputs=True, share_outputs=False)
-            outputs: dict[str, Array] = {name: values[name] for name in self._outputs}
+            values = list(self._request.infer(dict(inputs), share_inputs=True, share_outputs=False).values())
+            outputs: dict[str, Array] = {name: values[place] for name, place in self._outputs}
         except RuntimeError as error:
             raise failed(self._spec, _cause(error)) from error
         except MemoryError as error:

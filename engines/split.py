@@ -63,14 +63,14 @@ class SplitEngine:
 
     def infer(self, inputs: Tensors) -> dict[str, Array]:
         """See ``Engine``."""
-        batch = max((array.shape[0] for array in inputs.values() if array.ndim), default=0)
-        if batch <= self._part:
+        first = next(iter(inputs.values()), None)
+        if first is None or first.ndim == 0 or first.shape[0] <= self._part:
             return self._engine.infer(inputs)
         # Before anything is cut: parts could hide that two tensors differ in their batch.
         check_inputs(self.spec, inputs)
         parts = [
-            self._engine.infer({name: array[first : first + self._part] for name, array in inputs.items()})
-            for first in range(0, batch, self._part)
+            self._engine.infer({name: array[start : start + self._part] for name, array in inputs.items()})
+            for start in range(0, first.shape[0], self._part)
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
