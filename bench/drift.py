@@ -23,7 +23,7 @@ from stream.types import Event
 
 BLOCKS = 40
 """Stretches whose median latencies are fitted."""
-WARM_S = 5.0
+WARM_S = 3.0
 """Until queues are as full as they get, at least; a fifth of the run if that is longer."""
 
 

@@ -12,6 +12,7 @@ from av.subtitles.stream import SubtitleStream
 from av.subtitles.subtitle import AssSubtitle
 
 from stream.clock import NS_PER_S
+from stream.ingest.recording import TAG
 from stream.ingest.timeline import to_ns
 
 CODECS = frozenset({"mov_text", "srt", "subrip", "webvtt", "ass", "ssa", "text"})
@@ -27,7 +28,9 @@ Caption = tuple[int, int, str]
 
 
 def select_text(container: InputContainer) -> SubtitleStream | None:
-    """FFmpeg's best track of captions, if it is text."""
+    """FFmpeg's best track of captions, if it is text. What a recording notes beside its media is none."""
+    if TAG in container.metadata:
+        return None
     best = container.streams.best("subtitle")
     if not isinstance(best, SubtitleStream) or best.codec_context is None:
         return None

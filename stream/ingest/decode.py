@@ -207,12 +207,16 @@ class Decoder:
             self._feed_audio(packet, arrival_ns)
             return
         if packet.stream.index == self._text_index:
-            self._texts += [(caption, arrival_ns) for caption in read_captions(packet)]
-            self._hand_on_texts()
+            self.say(read_captions(packet), arrival_ns)
             return
         if packet.pts is not None:
             self._remember(packet.pts, arrival_ns)
         self._decode(packet, arrival_ns)
+
+    def say(self, captions: list[Caption], arrival_ns: int) -> None:
+        """Take captions that were read already."""
+        self._texts += [(caption, arrival_ns) for caption in captions]
+        self._hand_on_texts()
 
     def _hand_on_texts(self) -> None:
         """Captions may come before the first picture, when there is no epoch yet that they could be of."""

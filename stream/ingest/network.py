@@ -188,7 +188,7 @@ class NetworkSource:
             if arrival_ns >= report_due_ns:
                 report_due_ns = arrival_ns + REPORT_CHECK_NS
                 offset_ns = reported_offset_ns(packet)
-            if self._tap is not None and packet.stream is not selected.text:
+            if self._tap is not None:
                 self._tap.received(packet, arrival_ns, offset_ns)
             if offset_ns is not None:
                 assembler.sender_report(offset_ns)

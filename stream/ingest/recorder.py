@@ -21,9 +21,10 @@ from av.stream import Stream
 
 from stream.clock import NS_PER_MS, NS_PER_S, Clock
 from stream.errors import SettingsError
+from stream.ingest.captions import read_captions
 from stream.ingest.decode import MediaStream
 from stream.ingest.matroska import CannotRecord, Media, Template, media_of
-from stream.ingest.recording import ClockSet, Connected, Ended, Flushed, Note, numbered
+from stream.ingest.recording import ClockSet, Connected, Ended, Flushed, Note, Said, numbered
 from stream.ingest.recording_files import RecordingFiles
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,10 @@ class Recorder:
                 return
             if moved:
                 self._put(ClockSet(self._next(), self._arrival.wall_offset_ns))
+            if packet.stream.index not in self._indices:
+                for begin_ns, end_ns, text in read_captions(packet):
+                    self._put(Said(self._next(), arrival_ns, begin_ns, end_ns, text))
+                return
             track = self._indices.index(packet.stream.index)
             if not packet.size:
                 self._put(Flushed(self._next(), arrival_ns, track))

@@ -22,7 +22,7 @@ FORMAT = 1
 """Version of all this; a reader refuses a higher one."""
 TAG = "SIGHTWIRE"
 NO_RECORDING = "not a recording of sightwire record, or no more than the beginning of one"
-REPLAYED_SETTINGS = {"audio", "hop_s", "packs", "roi"}
+REPLAYED_SETTINGS = {"audio", "hop_s", "packs", "roi", "scaling", "skip_frames"}
 """Settings of a source that decide what its windows hold: a recording keeps them, and a replay takes them over."""
 MAX_GAP_NS = 10 * NS_PER_S
 """A step of the timestamps forward by more than this is not shown to players."""
@@ -148,6 +148,18 @@ class Flushed:
 
 
 @dataclass(frozen=True, slots=True)
+class Said:
+    """A caption came."""
+
+    number: int
+    arrival_ns: int
+    begin_ns: int
+    """When it is shown, on the media timeline."""
+    end_ns: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """The connection ended."""
 
@@ -157,11 +169,12 @@ class Ended:
     """``EpochEnd.reason``."""
 
 
-Note = Connected | ClockSet | Flushed | Ended
+Note = Connected | ClockSet | Flushed | Said | Ended
 _KINDS: dict[str, type[Note]] = {
     "connected": Connected,
     "clock": ClockSet,
     "flushed": Flushed,
+    "said": Said,
     "ended": Ended,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}

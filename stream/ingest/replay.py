@@ -39,6 +39,7 @@ from stream.ingest.recording import (
     Flushed,
     NotARecording,
     Note,
+    Said,
     Title,
     numbered,
     part_path,
@@ -110,7 +111,7 @@ class ReplaySource:
         self._epoch = first_epoch
         self._url = settings.url.get_secret_value()
         self._path = replay_path(self._url)
-        self._renderer = FrameRenderer()
+        self._renderer = FrameRenderer(settings.scaling)
         self.stats = DecodeStats()
 
     @property
@@ -149,7 +150,7 @@ class ReplaySource:
                     opened.close()
                 if isinstance(what, Connected):
                     connection = self._connect(opened.enter_context(open_part(entry.path)), what, times, emit)
-                elif isinstance(what, Media | Flushed) and connection is not None:
+                elif isinstance(what, Media | Flushed | Said) and connection is not None:
                     connection.take(what)
             self._end(connection, "removed" if stop.is_set() else "end_of_stream")
 
@@ -174,7 +175,15 @@ class ReplaySource:
             first_reason="reconnect" if self._epoch else "start",
         )
         decoder = Decoder(
-            self.source_id, str(self._path), selected, tracks.sample_rate, assembler, self.stats, live=True
+            self.source_id,
+            str(self._path),
+            selected,
+            tracks.sample_rate,
+            assembler,
+            self.stats,
+            live=True,
+            inputs=self._inputs if self._settings.skip_frames else None,
+            decode=self._settings.decode,
         )
         return _Connection(chosen, assembler, decoder, emitter, times)
 
@@ -280,8 +289,12 @@ class _Connection:
         self._emitter = emitter
         self._times = times
 
-    def take(self, what: Media | Flushed) -> None:
-        """A packet, or the end of a track. Raises ``SourceError``."""
+    def take(self, what: Media | Flushed | Said) -> None:
+        """A packet, a caption, or the end of a track. Raises ``SourceError``."""
+        if isinstance(what, Said):
+            self._emitter.elapse(self._times.now_ns)
+            self._decoder.say([(what.begin_ns, what.end_ns, what.text)], self._times.now_ns)
+            return
         stream = self._streams.get(what.track)
         if stream is None:
             return

@@ -15,11 +15,14 @@ class Tap(Protocol):
     """Called on the source's thread; neither blocks nor raises."""
 
     def connected(self, streams: tuple[MediaStream, ...]) -> Clock:
-        """A connection delivers these streams; returns the clock that its capture times are taken from."""
+        """A connection delivers these streams, and captions at most; returns the clock for its capture times."""
         ...
 
     def received(self, packet: Packet[Stream], arrival_ns: int, report_ns: int | None) -> None:
-        """A packet came; it is decoded next. ``report_ns`` is the sender's mapping to UTC told along with it."""
+        """A packet came, of one of those streams or of captions; it is decoded next.
+
+        ``report_ns`` is the sender's mapping to UTC told along with it.
+        """
         ...
 
     def ended(self, reason: str, arrival_ns: int) -> None:

@@ -27,6 +27,7 @@ from stream.types import (
     Frame,
     MediaItem,
     Progress,
+    TextItem,
 )
 
 MS = 1_000_000
@@ -87,7 +88,7 @@ class Camera:
             )
             decoder = Decoder("cam", "rtsp://cam", selected, tracks.sample_rate, assembler, self.stats, live=True)
             started_ns = self.clock.now_ns
-            packets = read_packets(container, selected.streams, self.stats, lambda: True)
+            packets = read_packets(container, selected.all, self.stats, lambda: True)
             for arrival_ns, packet, at_s in self._arrivals(packets, started_ns, late):
                 self.clock.now_ns = max(self.clock.now_ns, arrival_ns)
                 report_ns = reports(at_s)
@@ -111,7 +112,7 @@ class Camera:
 
     def _arrivals(self, packets: Iterator[Any], started_ns: int, late: Late) -> list[tuple[int, Any, float]]:
         """Packets in order of arrival; those of one stream keep their order."""
-        found, newest = [], {"video": 0, "audio": 0}
+        found, newest = [], {"video": 0, "audio": 0, "subtitle": 0}
         last_s = 0.0
         for order, packet in enumerate(packets):
             kind = packet.stream.type
@@ -133,6 +134,8 @@ def fact(item: MediaItem) -> tuple[object, ...]:
         case EpochStart():
             what = (item.identity, item.origin_ns, item.has_video, item.has_audio, item.frame_interval_ns)
             return ("start", item.source_id, item.epoch, *what, item.clock, item.live, item.reason)
+        case TextItem():
+            return ("text", item.epoch, item.pts_ns, item.end_ns, item.text)
         case ClockUpdate():
             return ("clock", item.epoch, item.clock)
         case Progress():

@@ -11,10 +11,11 @@ import pytest
 from engines.manifest import VideoInput
 from stream.accounting import Ledger
 from stream.clock import ManualClock, SystemClock
-from stream.types import ClipWindow, ClockUpdate, Elapsed, EpochEnd, EpochStart, MediaItem
+from stream.types import ClipWindow, ClockUpdate, Elapsed, EpochEnd, EpochStart, MediaItem, TextItem
 from stream.windows import Grace, SourceWindows, Watch
 from tests.stream.camera import MS, Camera, Late, facts, in_time, recording
 from tests.stream.ingest.media import EVERY_FRAME, Clip, make_clip, run_source
+from tests.stream.ingest.test_captions import captioned
 from tests.stream.test_windows import branch
 
 S = 1000 * MS
@@ -105,6 +106,16 @@ def test_parameter_sets_that_come_in_the_stream_only(tmp_path: Path, clock: Manu
     with av.open(str(tmp_path / "out.mkv")) as container:
         assert container.streams.video[0].codec_context.extradata
     assert facts(replay(tmp_path / "out.mkv")) == facts(camera.items)
+
+
+def test_captions_come_again_and_notes_are_none(tmp_path: Path, clock: ManualClock) -> None:
+    clip = captioned(tmp_path / "clip.mkv", "srt")
+    with recording(tmp_path / "out.mkv", clock) as recorder:
+        camera = Camera(recorder, clock, EVERY_FRAME)
+        camera.play(clip)
+    assert sum(isinstance(item, TextItem) for item in camera.items) == 2
+    assert facts(replay(tmp_path / "out.mkv")) == facts(camera.items)
+    assert not run_source(tmp_path / "out.mkv").of(TextItem), "read as any file, a recording has no captions"
 
 
 class Cut:

@@ -29,6 +29,7 @@ from stream.ingest.recording import (
     NotARecording,
     Note,
     PlayTime,
+    Said,
     Stamp,
     Title,
     Track,
@@ -289,6 +290,7 @@ notes = st.one_of(
     st.builds(Connected, numbers, times, times, st.lists(tracks, max_size=3).map(tuple), st.booleans()),
     st.builds(ClockSet, numbers, times),
     st.builds(Flushed, numbers, times, st.integers(0, 9)),
+    st.builds(Said, numbers, times, times, times, st.text(max_size=20)),
     st.builds(Ended, numbers, times, st.text(max_size=20)),
 )
 
