@@ -5,6 +5,7 @@ aiortc's reader of SDP trusts what it reads: everything that it may raise is map
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -91,6 +92,26 @@ def _bundled(description: SessionDescription) -> bool:
     return any(group.semantic == "BUNDLE" and wanted <= set(group.items) for group in description.group)
 
 
+def without_names(offer: str) -> str:
+    """The offer without candidates that give a name instead of an address, as browsers do that hide theirs (mDNS).
+
+    Nothing is looked up on a publisher's behalf; its own checks tell where it is.
+    """
+    return "".join(
+        line
+        for line in offer.splitlines(keepends=True)
+        if not line.startswith("a=candidate:") or _has_address(line.split())
+    )
+
+
+def _has_address(fields: list[str]) -> bool:
+    try:
+        ipaddress.ip_address(fields[4])
+    except (ValueError, IndexError):
+        return False
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Fragment:
     """What a publisher adds to its offer later (RFC 8840)."""
@@ -106,16 +127,19 @@ def read_fragment(text: str) -> Fragment:
     """Read the body of a PATCH. Raises ``BadOffer``."""
     names: dict[str, str] = {}
     candidates = []
-    complete = False
+    found = complete = False
     for line in text.splitlines():
         attribute, _, value = line.strip().removeprefix("a=").partition(":")
         match attribute:
             case "ice-ufrag" | "ice-pwd":
                 names.setdefault(attribute, value)
             case "candidate":
-                candidates.append(_read(value, candidate_from_sdp))
+                found = True
+                candidate = _read(value, candidate_from_sdp)
+                if _has_address(value.split()):
+                    candidates.append(candidate)
             case "end-of-candidates":
                 complete = True
-    if len(names) == 1 or not (names or candidates or complete):
+    if len(names) == 1 or not (names or found or complete):
         raise BadOffer("not a fragment of SDP with ICE candidates")
     return Fragment((names["ice-ufrag"], names["ice-pwd"]) if names else None, tuple(candidates), complete)

@@ -24,7 +24,7 @@ from stream.ingest.errors import Failure
 from stream.ingest.webrtc_frames import AudioFrames, MediaPacket, VideoFrames
 from stream.ingest.webrtc_inbox import Announced, Inbox, TimedFrame, TimedText, gone
 from stream.ingest.webrtc_private import clock_rate, divert, listen_only_on, payload_codecs
-from stream.ingest.webrtc_sdp import CANDIDATES_LIMIT, BadOffer, UnusableOffer, check_offer, read_fragment
+from stream.ingest.webrtc_sdp import CANDIDATES_LIMIT, UnusableOffer, check_offer, read_fragment, without_names
 from stream.ingest.webrtc_text import TEXT_CHANNEL, TextGate
 from stream.ingest.webrtc_timing import MediaClock
 from stream.settings import WebRtcSettings
@@ -104,7 +104,7 @@ class Session:
         self._etag = hashlib.sha256("\0".join(offered.ice).encode()).hexdigest()[:16]
         self.inbox = Inbox(Announced(offered.video, offered.audio), self._hop, self._text_hop, self._released)
         try:
-            await self._connection.setRemoteDescription(RTCSessionDescription(offer, "offer"))
+            await self._connection.setRemoteDescription(RTCSessionDescription(without_names(offer), "offer"))
         except OperationError:
             raise UnusableOffer("no codec in common; offer H.264 (baseline) or VP8, and Opus") from None
         except (ValueError, InvalidStateError, InvalidAccessError) as error:
@@ -123,16 +123,13 @@ class Session:
         fragment = read_fragment(body)
         if fragment.ice is not None and fragment.ice != self._ice:
             raise IceRestart("ICE cannot be restarted here; end the session and publish anew")
-        self._candidates += len(fragment.candidates)
-        if self._candidates > CANDIDATES_LIMIT:
+        if self._candidates + len(fragment.candidates) > CANDIDATES_LIMIT:
             raise UnusableOffer(f"more than {CANDIDATES_LIMIT} candidates")
+        self._candidates += len(fragment.candidates)
         # Everything is bundled: whatever section they name, there is one transport.
         ice = self._connection.getTransceivers()[0].receiver.transport.transport
         for candidate in fragment.candidates:
-            try:
-                await ice.addRemoteCandidate(candidate)
-            except ValueError:
-                raise BadOffer("a candidate has no address that can be understood") from None
+            await ice.addRemoteCandidate(candidate)
         if fragment.complete:
             await ice.addRemoteCandidate(None)
 
