@@ -105,13 +105,16 @@ def run_config(name: str, folder: Path, work: Path, steps: int | None) -> None:
     train(config, report=lambda *_: None)
 
 
-def run(data: Path, work: Path, steps: int | None, console: Console) -> Measured:
-    """Train every mode on every fold and score it. Raises ``ModelError`` when the data is not there."""
+def run(data: Path, work: Path, steps: int | None, left_out: int | None, console: Console) -> Measured:
+    """Train every mode, with each of the first ``left_out`` folds (``None``: of all) left out in turn, and score it.
+
+    Raises ``ModelError`` when the data is not there.
+    """
     folds = folds_of(data, work)
     teacher = write_teacher(folds, data, work / "teacher.npz")
     heads: dict[str, list[LabelScores]] = {name: [] for name in MEANINGS}
     clips: list[ScoredRow] = []
-    for left in range(len(folds)):
+    for left in range(len(folds))[:left_out]:
         folder = work / f"fold{left + 1}"
         folder.mkdir(parents=True, exist_ok=True)
         write_manifests(folds, left, folder)
@@ -134,7 +137,10 @@ def run(data: Path, work: Path, steps: int | None, console: Console) -> Measured
         rows.append(Row(key, found.value, f"accuracy: {MEANINGS[name]}"))
         rows.append(Row(f"{key}_low", found.low, "  lower end of the 95 % interval"))
         rows.append(Row(f"{key}_high", found.high, "  upper end"))
-    return Measured(tuple(rows), (f"ESC-10, {len(clips)} clips, {len(folds)} folds, sound alone is scored.",))
+    return Measured(
+        tuple(rows),
+        (f"ESC-10, {len(clips)} clips scored of {len(folds)} folds, sound alone, {steps or 'all'} steps of each run.",),
+    )
 
 
 def main(given: list[str] | None = None) -> int:
@@ -142,6 +148,7 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.learning_modes", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--steps", type=int, help="of each run [as configured]")
+    parser.add_argument("--folds", type=int, help="leave out only the first folds in turn [all]")
     parser.add_argument("--work", type=Path, help="folder for sounds and models that is kept [a temporary one]")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures here, under flat keys")
     options = parser.parse_args(given)
@@ -152,7 +159,7 @@ def main(given: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as temporary:
             work = (options.work or Path(temporary)).resolve()
             work.mkdir(parents=True, exist_ok=True)
-            found = run(options.data.resolve(), work, options.steps, console)
+            found = run(options.data.resolve(), work, options.steps, options.folds, console)
         show(console, "learning modes", found)
         if options.json is not None:
             write_json(options.json, [found], machine())
