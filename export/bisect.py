@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from engines import backends, onnx_engine
 from engines.backends import EngineOptions
 from engines.manifest import GraphFile, GraphSpec, Manifest, TensorSpec, file_sha256
-from engines.measure import Reference, compare, logit_tensors
+from engines.measure import Reference, compare
 from engines.parity import within_bounds
 from engines.types import Array, Tensors
 
@@ -103,15 +103,14 @@ def first_departure(suspect: Suspect, written: onnx.ModelProto, inputs: Tensors)
     model = suspect.model
     with tempfile.TemporaryDirectory(prefix="sightwire-") as scratch:
         probe = _Probe(suspect, model, written, Path(scratch))
-        item = _worst_item(suspect, probe, inputs)
-        if item is None:
+        item, over = _worst_item(suspect, probe, inputs)
+        if not over:
             return None
         one = {name: array[item : item + 1] for name, array in inputs.items()}
-        names = [port.name for port in model.graph.output]
-        final = probe.errors({name: name for name in names}, one)
+        final = probe.errors({name: name for name in over}, one)
         usual = _ROUNDING if suspect.options.precision == "fp32" else suspect.bound
         limit = min(usual, max(final.values()) / 2)
-        leading = _leading_to(model, [name for name, error in final.items() if error > limit])
+        leading = _leading_to(model, over)
         pairs = {name: other for name, other in comparable(model, written).items() if name in leading}
         errors: dict[str, float] = {}
         for part in _parts(pairs):
@@ -121,24 +120,20 @@ def first_departure(suspect: Suspect, written: onnx.ModelProto, inputs: Tensors)
     return None
 
 
-def _worst_item(suspect: Suspect, probe: _Probe, inputs: Tensors) -> int | None:
-    """The batch item that is furthest off; ``None`` where the outputs are within their bounds."""
+def _worst_item(suspect: Suspect, probe: _Probe, inputs: Tensors) -> tuple[int, list[str]]:
+    """The outputs that are over their bounds, and the batch item on which they are furthest off."""
     got, want = probe.run({tensor.name: tensor.name for tensor in suspect.graph.outputs}, inputs)
     batch = len(next(iter(inputs.values())))
-    logits = logit_tensors(suspect.manifest)
-    outputs, worst = [], np.zeros(batch)
+    over, worst = [], np.zeros(batch)
     for tensor in suspect.graph.outputs:
         have, should = (values[tensor.name].reshape(batch, -1) for values in (got, want))
         dtype = np.uint8 if tensor.dtype == "uint8" else np.float32
-        outputs.append(
-            compare(tensor.name, should.astype(dtype), have.astype(dtype), logits=tensor.name in logits),
-        )
-        worst = np.maximum(worst, [relative_error(should, row, base) for row, base in zip(have, should, strict=True)])
-    return (
-        None
-        if within_bounds(suspect.manifest, suspect.options.precision, tuple(outputs)) is None
-        else int(worst.argmax())
-    )
+        parity = compare(tensor.name, should.astype(dtype), have.astype(dtype))
+        if within_bounds(suspect.manifest, suspect.options.precision, (parity,)) is not None:
+            over.append(tensor.name)
+            errors = [relative_error(should, row, base) for row, base in zip(have, should, strict=True)]
+            worst = np.maximum(worst, errors)
+    return int(worst.argmax()), over
 
 
 def relative_error(of: Array, got: Array, want: Array) -> float:
@@ -150,22 +145,31 @@ def relative_error(of: Array, got: Array, want: Array) -> float:
 
 
 def comparable(model: onnx.ModelProto, written: onnx.ModelProto) -> dict[str, str]:
-    """Tensors that depend on the inputs, in the order that they are made in, and what each is in ``written``."""
-    there = set(_from_data(written))
+    """Tensors that depend on the inputs, in the order that they are made in, and what each is in ``written``.
+
+    Where a converter lets QuantizeLinear do the work of an activation, the layer before it makes the tensor of the
+    activation's name: only what is dequantised has its values.
+    """
+    there, reached = set(_from_data(written)), set(_from_data(model))
+    makers = _makers(written)
     same = {port.name: port.name for port in model.graph.input if port.name in there}
     found: dict[str, str] = {}
-    reached = set(_from_data(model))
     for node in model.graph.node:
-        for name in node.output:
-            if name not in reached:
-                continue
+        carries = node.op_type in _CARRIERS
+        for name in reached.intersection(node.output):
             if name in there:
                 same[name] = name
-            elif node.op_type in _CARRIERS and node.input[0] in same:
+            elif carries and node.input[0] in same:
                 same[name] = same[node.input[0]]
-            if name in same and node.op_type != "QuantizeLinear":
+            merged = name in there and not carries and makers[name].op_type != node.op_type
+            if name in same and node.op_type != "QuantizeLinear" and not merged:
                 found[name] = same[name]
     return found
+
+
+def _makers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """The node that each tensor comes from."""
+    return {name: node for node in model.graph.node for name in node.output}
 
 
 def same_tensors(one: onnx.ModelProto, other: onnx.ModelProto) -> bool:
@@ -201,17 +205,21 @@ def _parts(pairs: Mapping[str, str]) -> Iterator[dict[str, str]]:
 
 
 def _departure(model: onnx.ModelProto, name: str, errors: Mapping[str, float]) -> Departure:
-    maker = {output: node for node in model.graph.node for output in node.output}
-    node = maker[name]
+    makers = _makers(model)
+    node = above = makers[name]
+    while above.op_type in _CARRIERS and above.input[0] in makers and above.input[0] not in errors:
+        above = makers[above.input[0]]
+    # What only carries on a tensor that could not be compared is not at fault: what made it is.
+    node = node if above.op_type in _CARRIERS else above
     before, left, seen = 0.0, list(node.input), set()
     while left:
         tensor = left.pop()
         if tensor in errors:
             before = max(before, errors[tensor])
-        elif tensor in maker and tensor not in seen:
-            left.extend(maker[tensor].input)
+        elif tensor in makers and tensor not in seen:
+            left.extend(makers[tensor].input)
         seen.add(tensor)
-    return Departure(node.name or "a node without a name", node.op_type, name, errors[name], before)
+    return Departure(node.name or "a node without a name", node.op_type, node.output[0], errors[name], before)
 
 
 class _Probe:

@@ -223,7 +223,7 @@ def _graph_section(found: Verification, graph: GraphSpec, results: Sequence[Veri
     yield log_lines(lines, limit=None, title="Errors by window")
     if any(entry.latency for _, entry in measured):
         yield "<h3>Time for one item</h3>"
-        yield "<p class='note'>Milliseconds: the median, and a line to the 95th percentile; behind them items a second.</p>"
+        yield "<p class='note'>Milliseconds: the median, and a line to the 95th percentile.</p>"
         bars = [bar for one, entry in measured for bar in _time_bars(one, entry, colour(one))]
         yield bars_from_zero(bars, title="Time for one item")
     rows = [
@@ -292,7 +292,8 @@ th { text-align: left; color: var(--soft); font-weight: 600; } th, td { padding:
 details { margin-top: 16px; } summary { cursor: pointer; color: var(--soft); }
 svg { width: 100%; height: auto; display: block; } svg text { font: 13px system-ui, sans-serif; fill: var(--ink); }
 svg .tick { fill: var(--soft); font-size: 12px; } svg .middle { text-anchor: middle; } svg .end { text-anchor: end; }
-svg .figure { font-size: 12px; fill: var(--soft); paint-order: stroke; stroke: var(--page); stroke-width: 4px; } svg .figure.bad { fill: var(--bad); font-weight: 600; }
+svg .figure { font-size: 12px; fill: var(--soft); paint-order: stroke;
+ stroke: var(--page); stroke-width: 4px; } svg .figure.bad { fill: var(--bad); font-weight: 600; }
 svg .grid { stroke: var(--line); } svg .whisker { stroke: var(--soft); stroke-width: 1.5; }
 svg .limit { stroke: var(--bad); stroke-width: 1.5; stroke-dasharray: 4 3; }
 svg .limit-name { fill: var(--bad); font-size: 12px; } svg polyline { fill: none; stroke-width: 1.5; opacity: .6; }
