@@ -20,7 +20,7 @@ from stream.ingest.audio import AudioHold, AudioJoiner, AudioRun, Samples
 from stream.ingest.capture import Capture
 from stream.ingest.stats import DecodeStats
 from stream.ingest.timeline import JUMP_NS, Step, Timeline
-from stream.sampling import FrameSelector, distinct_inputs, first_sample_at_or_after
+from stream.sampling import FrameSelector, Size, distinct_inputs, first_sample_at_or_after
 from stream.types import AudioChunk, ClockUpdate, Emit, EpochEnd, EpochStart, Frame, Progress, TextItem
 
 P = TypeVar("P")
@@ -86,6 +86,8 @@ class Assembler(Generic[P]):
         self._shape: Shape | None = None
         self._held: _Held[P] | None = None
         self._seq = 0
+        self._shown: set[Size] = set()
+        """Sizes in which the held frame has been emitted already."""
         self._shown_ns = 0
         self._progress_due_ns = 0
         self._jump_ns = max(JUMP_NS, 3 * tracks.frame_interval_ns)
@@ -128,6 +130,14 @@ class Assembler(Generic[P]):
             self._settle(held, pts_ns)
         if pts_ns >= self._progress_due_ns:
             self._progress(pts_ns, arrival_ns)
+
+    def passed(self, until_ns: int, arrival_ns: int) -> None:
+        """No picture before ``until_ns`` comes any more: what there is between is left undecoded."""
+        held = self._held
+        if self._selector is None or held is None or until_ns <= held.pts_ns or until_ns < self._progress_due_ns:
+            return
+        self._show(held, until_ns)
+        self._progress(until_ns, arrival_ns)
 
     def audio(self, pts_ns: int, arrival_ns: int, samples: Samples) -> None:
         """Take the next samples."""
@@ -243,18 +253,23 @@ class Assembler(Generic[P]):
 
     def _settle(self, held: _Held[P], next_pts_ns: int | None) -> None:
         """Emit a frame in every size wanted, now that it is known how long it is on show."""
+        self._show(held, next_pts_ns)
+        self._seq += 1
+        self._stats.frames_sampled += bool(self._shown)
+        self._stats.frames_skipped += not self._shown
+        self._shown = set()
+
+    def _show(self, held: _Held[P], until_ns: int | None) -> None:
+        """Emit the held frame in the sizes wanted of it up to then, each once."""
         assert self._selector is not None
-        seq, self._seq = self._seq, self._seq + 1
-        sizes = self._selector.sizes(held.pts_ns, next_pts_ns)
-        if not sizes:
-            self._stats.frames_skipped += 1
-            return
-        self._stats.frames_sampled += 1
-        self._progress_due_ns = held.pts_ns
+        sizes = self._selector.sizes(held.pts_ns, until_ns) - self._shown
+        if sizes:
+            self._progress_due_ns = held.pts_ns
         for width, height in sizes:
+            self._shown.add((width, height))
             image = self._render(held.picture, width, height)
             self._stats.frames_emitted += 1
-            self._emit(Frame(self._source_id, self._epoch, seq, held.pts_ns, held.arrival_ns, image))
+            self._emit(Frame(self._source_id, self._epoch, self._seq, held.pts_ns, held.arrival_ns, image))
 
     def _progress(self, pts_ns: int, arrival_ns: int) -> None:
         """Tell how far video is, and choose when to tell again: at the next sample time, where windows close."""

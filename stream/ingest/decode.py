@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import av.error
@@ -13,18 +13,22 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Discard, Disposition, Stream
 from av.subtitles.stream import SubtitleStream
-from av.video.frame import VideoFrame
+from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from engines.manifest import VideoInput
 from stream.clock import NS_PER_S
 from stream.errors import SourceError
 from stream.ingest.assemble import Assembler, Tracks
 from stream.ingest.captions import Caption, read_captions, select_text
 from stream.ingest.errors import Failure, failure
+from stream.ingest.hardware import open_decoder
 from stream.ingest.resample import MonoResampler
+from stream.ingest.skipping import Skip, SkipRule
 from stream.ingest.stats import DecodeStats
+from stream.settings import Decode, Scaling
 
 BAD_PACKETS_LIMIT = 300
 """Undecodable packets in a row (about 12 s of video) after which a source is given up."""
@@ -99,7 +103,8 @@ def frame_interval_ns(stream: VideoStream) -> int:
 class FrameRenderer:
     """Scales decoded frames and converts them to RGB; one scaler is kept for each size."""
 
-    def __init__(self) -> None:
+    def __init__(self, scaling: Scaling = Scaling.FAST) -> None:
+        self._interpolation = Interpolation.AREA if scaling is Scaling.AREA else Interpolation.FAST_BILINEAR
         self._scalers: dict[tuple[int, int], VideoReformatter] = {}
 
     def render(self, frame: VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
@@ -118,9 +123,7 @@ class FrameRenderer:
         scaler = self._scalers.get((width, height))
         if scaler is None:
             scaler = self._scalers[width, height] = VideoReformatter()
-        scaled = scaler.reformat(
-            frame, width, height, format="rgb24", interpolation=Interpolation.FAST_BILINEAR, threads=1
-        )
+        scaled = scaler.reformat(frame, width, height, format="rgb24", interpolation=self._interpolation, threads=1)
         plane = scaled.planes[0]
         rows = np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)
         return np.ascontiguousarray(rows[:, : width * 3]).reshape(height, width, 3)
@@ -169,9 +172,15 @@ class Decoder:
         *,
         live: bool,
         timed: bool = True,
+        inputs: tuple[VideoInput, ...] | None = None,
+        decode: Decode = Decode.SOFTWARE,
     ) -> None:
-        """``timed`` is off for video whose packets carry no times: then arrival is presentation."""
+        """``timed`` is off for video whose packets carry no times: then arrival is presentation. With ``inputs``
+        packets are left undecoded that none of them needs."""
         self._timed = timed
+        self._video_decoder = open_decoder(selected.video, decode, source_id) if selected.video is not None else None
+        self._rule = SkipRule(inputs) if inputs and timed else None
+        self._skip = Skip.NOTHING
         self._source_id = source_id
         self._url = url
         self._assembler = assembler
@@ -188,8 +197,6 @@ class Decoder:
         self._gathered: list[tuple[Packet[Stream], int]] = []
         self._audio_due_ns = 0
         if selected.video is not None:
-            # Threads inside the decoder cost CPU time and, by frames, latency; sources run side by side instead.
-            selected.video.codec_context.thread_count = 1
             assert selected.video.time_base is not None
             self._multiply = selected.video.time_base.numerator * NS_PER_S
             self._divide = selected.video.time_base.denominator
@@ -211,7 +218,29 @@ class Decoder:
             return
         if packet.pts is not None:
             self._remember(packet.pts, arrival_ns)
-        self._decode(packet, arrival_ns)
+        self._feed_video(packet, arrival_ns)
+
+    def _feed_video(self, packet: Packet[Stream], arrival_ns: int) -> None:
+        assert self._video_decoder is not None
+        if self._rule is not None and packet.size and packet.pts is not None:
+            self._rule.see_packet(packet.pts * self._multiply // self._divide, packet.is_keyframe)
+            self._change_skip(self._rule.skip)
+        if self._skip is not Skip.NONKEY or not packet.size:
+            self._decode(packet, arrival_ns, self._video_decoder.decode)
+        elif not packet.is_keyframe:
+            self._stats.packets_skipped += 1
+            if packet.dts is not None:
+                # Later packets hold later frames than this one's decoding time.
+                self._assembler.passed(packet.dts * self._multiply // self._divide, arrival_ns)
+        elif not self._decode(packet, arrival_ns, self._video_decoder.decode_alone) and self._rule is not None:
+            self._rule.key_gave_nothing()
+            self._change_skip(self._rule.skip)
+
+    def _change_skip(self, skip: Skip) -> None:
+        if skip is not self._skip:
+            assert self._video_decoder is not None
+            self._skip = skip
+            self._video_decoder.skip(skip)
 
     def say(self, captions: list[Caption], arrival_ns: int) -> None:
         """Take captions that were read already."""
@@ -242,16 +271,19 @@ class Decoder:
     def _decode_gathered(self) -> None:
         gathered, self._gathered = self._gathered, []
         for packet, arrival_ns in gathered:
-            self._decode(packet, arrival_ns)
+            self._decode(packet, arrival_ns, packet_frames)
         if self._assembler.live and gathered:
             self._assembler.hand_over_audio()
 
-    def _decode(self, packet: Packet[Stream], arrival_ns: int) -> None:
+    def _decode(
+        self, packet: Packet[Stream], arrival_ns: int, decode: Callable[[Packet[Stream]], Iterable[object]]
+    ) -> bool:
+        """Decode and hand on; whether anything came out."""
         try:
-            frames = packet.decode()
+            frames = list(decode(packet))
         except av.error.FFmpegError:
             self._count_bad()
-            return
+            return False
         if frames:
             self._bad_run = 0
         for frame in frames:
@@ -261,6 +293,7 @@ class Decoder:
                     self._hand_on_texts()
             elif isinstance(frame, AudioFrame):
                 self._audio(frame, arrival_ns)
+        return bool(frames)
 
     def finish(self, reason: str, arrival_ns: int) -> None:
         """Flush and end the epoch."""
@@ -295,6 +328,9 @@ class Decoder:
             pts_ns = pts * self._multiply // self._divide
             arrival_ns = self._arrivals.pop(pts, arrival_ns)
         self._video_ns = pts_ns
+        if self._rule is not None:
+            self._rule.see_frame(pts_ns, frame.pict_type == PictureType.B)
+            self._change_skip(self._rule.skip)
         self._assembler.video(pts_ns, arrival_ns, (frame.width, frame.height, frame.format.name), frame)
 
     def _audio(self, frame: AudioFrame, arrival_ns: int) -> None:
@@ -310,6 +346,11 @@ class Decoder:
     def _hand_on(self, runs: list[tuple[int, NDArray[np.float32]]], arrival_ns: int) -> None:
         for pts_ns, samples in runs:
             self._assembler.audio(pts_ns, arrival_ns, samples)
+
+
+def packet_frames(packet: Packet[Stream]) -> Iterable[object]:
+    """What a packet gives by its own stream's decoder."""
+    return packet.decode()
 
 
 def nothing_decoded(source_id: str, url: str, stats: DecodeStats) -> SourceError:

@@ -75,7 +75,7 @@ class FileSource:
         self._first_epoch = first_epoch
         self._url = settings.url.get_secret_value()
         self._path = file_path(self._url)
-        self._renderer = FrameRenderer()
+        self._renderer = FrameRenderer(settings.scaling)
         self.stats = DecodeStats()
 
     @property
@@ -119,7 +119,15 @@ class FileSource:
                 first_reason=reason,
             )
             decoder = Decoder(
-                self.source_id, self._url, selected, tracks.sample_rate, assembler, self.stats, live=False
+                self.source_id,
+                self._url,
+                selected,
+                tracks.sample_rate,
+                assembler,
+                self.stats,
+                live=False,
+                inputs=self._inputs if self._settings.skip_frames else None,
+                decode=self._settings.decode,
             )
             self._decode(container, selected, decoder, pacer, stop)
         if assembler.next_epoch == epoch and not stop.is_set():

@@ -69,7 +69,7 @@ class NetworkSource:
         self._url = settings.url.get_secret_value()
         if settings.scheme not in ("udp", "v4l2"):
             check_network_url(settings.id, self._url)
-        self._renderer = FrameRenderer()
+        self._renderer = FrameRenderer(settings.scaling)
         self._first_epoch = first_epoch
         self._tap = tap
         self._guard = guard if settings.trusted else guard or AddressGuard()
@@ -157,6 +157,8 @@ class NetworkSource:
             self.stats,
             live=True,
             timed=connection.timed,
+            inputs=self._inputs if self._settings.skip_frames else None,
+            decode=self._settings.decode,
         )
         try:
             self._read(link, connection, selected, decoder, assembler)

@@ -16,6 +16,8 @@ class DecodeStats:
     """Packets read."""
     corrupt_packets: int = 0
     """Packets that could not be read or decoded."""
+    packets_skipped: int = 0
+    """Packets of video left undecoded, since no pack needs their frames."""
     frames_decoded: int = 0
     """Frames that came out of the decoder."""
     frames_sampled: int = 0
