@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -182,7 +184,7 @@ def to_onnx(graph: GraphToExport) -> onnx.ModelProto:
                 output_names=list(graph.outputs),
                 opset_version=OPSET,
                 dynamo=True,
-                dynamic_shapes=tuple({0: batch} for _ in graph.example),
+                dynamic_shapes=_free_batch(graph, batch),
                 external_data=False,
                 verbose=False,
             )
@@ -194,6 +196,14 @@ def to_onnx(graph: GraphToExport) -> onnx.ModelProto:
         raise ExportError(f"torch.onnx.export returned no program for graph {graph.name}")
     proto: onnx.ModelProto = program.model_proto
     return proto
+
+
+def _free_batch(graph: GraphToExport, batch: Any) -> tuple[Any, ...]:
+    """The batch as the first axis of every input, in the shape of ``forward``'s arguments: ``*rest`` is a tuple."""
+    given = inspect.signature(graph.module.forward).bind(*graph.example.values()).arguments
+    return tuple(
+        tuple({0: batch} for _ in value) if isinstance(value, tuple) else {0: batch} for value in given.values()
+    )
 
 
 def save_graph(name: str, proto: onnx.ModelProto, folder: Path) -> GraphSpec:

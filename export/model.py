@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from engines.manifest import Manifest, PackSource
+from engines.manifest import Manifest, Mode, PackSource
 from export.adapters import checkpoint, onnx_file, transformers
 from export.adapters import torchvision as vision
 from export.adapters.common import ExportOptions
@@ -48,6 +48,8 @@ def read_model(what: str, options: ExportOptions) -> PackToWrite:
     path = Path(what).expanduser()
     if options.weights is not None and (path.suffix == ".onnx" or path.is_dir()):
         raise ExportError(f"{what} holds its own weights; leave {options.weights} out")
+    if options.mode not in (None, Mode.CLIP) and not checkpoint.is_folder(path):
+        raise ExportError(f"only models of `sightwire train` can be {options.mode}; leave the mode out")
     if path.suffix == ".onnx":
         return onnx_file.onnx_pack(path, options)
     if path.is_dir():

@@ -14,12 +14,13 @@ from engines import backends
 from engines.backends import EngineOptions
 from engines.errors import BackendUnavailable, ManifestError
 from engines.machine import cpu_model
-from engines.manifest import Branch, GraphSpec, Manifest, read_manifest
+from engines.manifest import Branch, GraphSpec, Manifest, Mode, read_manifest
 from engines.measure import Reference, measure
 from engines.open import load_engines
 from engines.parity import ClipUsed, GraphParity, ParityReport, write_parity
 from engines.types import Array, Engine, Tensors
-from export.clips import RawWindow, default_clips, open_recording, windows_of
+from export.clips import RawWindow, Recording, default_clips, open_recording, windows_of
+from export.steps import empty_past, hops_of, stretch_of
 
 _log = logging.getLogger(__name__)
 GraphBatches = tuple[str, list[Tensors], list[Mapping[str, Array]]]
@@ -39,8 +40,9 @@ def run_parity(
     """Compare every installed backend with ``references`` (by graph name) and write ``parity.json``.
 
     Each precision for which the manifest has a bound is measured where the backend offers it. The window
-    graph of a staged branch is fed with the engine's own features, so its error is that of the whole
-    chain. A graph over its bound is reported with ``passed`` false, and the service will refuse it.
+    graph of a staged branch is fed with the engine's own features, and a stateful one with its own states over
+    stretches of several windows, so the error is that of the whole chain. A graph over its bound is reported
+    with ``passed`` false, and the service will refuse it.
 
     Raises ``ManifestError`` when a graph has no reference, ``ParityMissing`` when the clips cannot be used.
     """
@@ -65,14 +67,16 @@ def run_parity(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Case:
-    """One window, and what the reference makes of it."""
+    """One window, or one hop of a stateful branch, and what the reference makes of it."""
 
     inputs: dict[str, Array]
-    """As a clip-mode graph takes them, batch 1."""
+    """As a clip-mode graph takes them, or a stateful one with the reference's own states; batch 1."""
     features: Mapping[str, Array]
     """Outputs of the encoder over the window's frames; empty without one."""
     outputs: Mapping[str, Array]
-    """Outputs of the window graph."""
+    """Outputs of the window graph; of a stateful one without the states, which show in what comes of them."""
+    begins: bool = True
+    """Whether the past is empty; where it is not, the case goes on from the one before it."""
 
     @property
     def pictures(self) -> dict[str, Array]:
@@ -92,6 +96,22 @@ def _case(manifest: Manifest, branch: Branch, references: Mapping[str, Reference
         return Case(case.inputs, {}, judge(_only(case.inputs, graph)))
     features = references[branch.encoder](case.pictures)
     return Case(case.inputs, features, judge(_only(case.with_features(features), graph)))
+
+
+def _cases(
+    manifest: Manifest, branch: Branch, references: Mapping[str, Reference], windows: Sequence[RawWindow]
+) -> Iterator[Case]:
+    if branch.mode is not Mode.STATEFUL:
+        yield from (_case(manifest, branch, references, window) for window in windows)
+        return
+    judge, graph = references[branch.graph], manifest.graph(branch.graph)
+    for window in windows:
+        states = empty_past(branch, graph)
+        for number, hop in enumerate(hops_of(window, branch)):
+            inputs = dict(_only({**hop, **states}, graph))
+            outputs = dict(judge(inputs))
+            states = {state.input: outputs.pop(state.output) for state in branch.states}
+            yield Case(inputs, {}, outputs, begins=number == 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,9 +146,9 @@ class Trial:
         if missing := {graph.name for graph in manifest.graphs} - references.keys():
             raise ManifestError(f"pack {manifest.name}: no reference for graphs {sorted(missing)}; give one for each")
         recordings = [open_recording(path) for path in clips or default_clips()]
-        windows = {branch.name: windows_of(recordings, branch, windows_per_clip) for branch in manifest.branches}
+        windows = {branch.name: _cut(recordings, branch, windows_per_clip) for branch in manifest.branches}
         cases = {
-            branch.name: [_case(manifest, branch, references, one) for clip in windows[branch.name] for one in clip]
+            branch.name: [case for clip in windows[branch.name] for case in _cases(manifest, branch, references, clip)]
             for branch in manifest.branches
         }
         used = tuple(
@@ -187,6 +207,9 @@ class Trial:
         """Inputs and expected outputs of each graph of a branch, one batch for each window."""
         cases, graph = self.cases[branch.name], self.manifest.graph(branch.graph)
         outputs = [case.outputs for case in cases]
+        if branch.mode is Mode.STATEFUL:
+            yield branch.graph, _with_own_states(branch, cases, engines[branch.graph]), outputs
+            return
         if branch.encoder is None:
             yield branch.graph, [_only(case.inputs, graph) for case in cases], outputs
             return
@@ -194,6 +217,23 @@ class Trial:
         encoder = engines[branch.encoder]
         own = [_only(case.with_features(encoder.infer(case.pictures)), graph) for case in cases]
         yield branch.graph, own, outputs
+
+
+def _cut(recordings: Sequence[Recording], branch: Branch, per_clip: int) -> list[list[RawWindow]]:
+    """Windows of each recording, or one stretch of several."""
+    stateful = branch.mode is Mode.STATEFUL
+    return windows_of(recordings, stretch_of(branch), 1) if stateful else windows_of(recordings, branch, per_clip)
+
+
+def _with_own_states(branch: Branch, cases: Sequence[Case], engine: Engine) -> list[Tensors]:
+    """The cases' inputs with the states that the engine itself comes to, so that its error is that of the whole."""
+    inputs: list[Tensors] = []
+    states: dict[str, Array] = {}
+    for case in cases:
+        inputs.append(case.inputs if case.begins else {**case.inputs, **states})
+        outputs = engine.infer(inputs[-1])
+        states = {state.input: outputs[state.output] for state in branch.states}
+    return inputs
 
 
 def _report(entry: GraphParity) -> None:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from engines.manifest import file_sha256
+from engines.manifest import Mode, file_sha256
 from export.adapters.describe import GRAPH, Description, HeadSpec, Picture, Sound
 from export.build import ExportError, Graph, GraphToExport, PackToWrite
 
@@ -44,6 +44,8 @@ class ExportOptions:
     """YAML file with what the model's own files do not say, see ``describe.Description``."""
     name: str | None = None
     """Name of the pack, in place of the described one."""
+    mode: Mode | None = None
+    """How it is to be run; by default staged where the network encodes frame by frame, and on clips otherwise."""
 
     def stated_name(self) -> dict[str, str]:
         """The name as what is stated over everything else."""

@@ -148,6 +148,13 @@ class StreamBackbone(Backbone):
                 shapes.append((block.reach - 1, block.hidden, height, width))
         return shapes
 
+    def state_names(self) -> list[str]:
+        """A name for each of the states, in the same order."""
+        names = ["weight", "average"]
+        for number, block in enumerate(self._blocks()):
+            names += [f"average_{number}", f"past_{number}"][: 1 if block.reach == 1 else 2]
+        return names
+
     def step(self, frames: Tensor, states: States) -> tuple[Tensor, States]:
         """uint8 or float32 0..255 ``[B, t, H, W, 3]`` and states to float32 ``[B, t, 480]`` and the next states."""
         steps = frames.shape[1]
