@@ -28,6 +28,7 @@ from stream.ingest.hardware import open_decoder
 from stream.ingest.resample import MonoResampler
 from stream.ingest.skipping import Skip, SkipRule
 from stream.ingest.stats import DecodeStats
+from stream.ingest.video import NotUsable
 from stream.settings import Decode, Scaling
 
 BAD_PACKETS_LIMIT = 300
@@ -281,7 +282,7 @@ class Decoder:
         """Decode and hand on; whether anything came out."""
         try:
             frames = list(decode(packet))
-        except av.error.FFmpegError:
+        except (av.error.FFmpegError, NotUsable):
             self._count_bad()
             return False
         if frames:

@@ -12,6 +12,10 @@ from av.video.stream import VideoStream
 from stream.ingest.skipping import Skip
 
 
+class NotUsable(Exception):
+    """A decoder cannot work on this machine, or not on this stream; the message says why."""
+
+
 class VideoDecoder(Protocol):
     """Decodes one stream. Raises ``av.error.FFmpegError`` for what is damaged."""
 
