@@ -154,7 +154,7 @@ def judge(swap: Swap, figures: TrialFigures, loads: Mapping[str, PackLoad], thre
     for head, found in figures.heads.items():
         if found.share > request.max_disagreement:
             raise RolledBack(
-                f"head {head} disagrees on {found.share:.1%} of {found.windows} windows, more than the "
+                f"head {head} disagrees by {found.share:.1%} (over {found.windows} windows), more than the "
                 f"{request.max_disagreement:.1%} allowed; look at the new pack, or raise max_disagreement"
             )
     return True
@@ -187,9 +187,9 @@ class Swaps:
         self._max_batch = max_batch
         self._clock = clock
         self._latest: dict[str, Swap] = {}
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: dict[Swap, asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup | None = None
-        self._ended: dict[str, set[str]] = {}
+        self._ended: dict[Swap, set[str]] = {}
         self.outcomes: Counter[tuple[str, str]] = Counter()
         """Swaps that are over, by pack and last phase."""
 
@@ -214,25 +214,29 @@ class Swaps:
 
     def source_ended(self, source_id: str) -> None:
         """What a trial may still compute of a source that has ended is let go once the trial is over."""
-        for name in self._tasks:
-            self._ended.setdefault(name, set()).add(source_id)
+        for swap in self._tasks:
+            self._ended.setdefault(swap, set()).add(source_id)
 
     async def begin(self, name: str, request: SwapRequest) -> Swap:
         """Begin a swap; it goes on by itself. Raises ``PackUnknown``, ``SwapConflict`` or ``SwapRefused``."""
+        old = self.known(name).pack
+        self._free_group(name, old)
+        folder = await asyncio.to_thread(self._folder, old, request)
+        group = self._free_group(name, old)
+        swap = self._latest[name] = Swap(name, request, old.info, self._clock.monotonic_ns())
+        task = group.create_task(self._run(swap, folder), name=f"swap {name}")
+        self._tasks[swap] = task
+        task.add_done_callback(lambda _: self._tasks.pop(swap, None))
+        return swap
+
+    def _free_group(self, name: str, old: ServedPack) -> asyncio.TaskGroup:
+        """Where a swap may run now. Raises ``SwapConflict``."""
+        latest = self._latest.get(name)
         if self._group is None:
             raise SwapConflict("the service is ending or not yet started; try again when it is ready")
-        old = self.known(name).pack
-        busy = SwapConflict(f"pack {name} is being swapped already; wait until that is over")
-        if name in self._tasks:
-            raise busy
-        folder = await asyncio.to_thread(self._folder, old, request)
-        if name in self._tasks or self._group is None or self._serving[name].pack is not old:
-            raise busy
-        swap = self._latest[name] = Swap(name, request, old.info, self._clock.monotonic_ns())
-        task = self._group.create_task(self._run(swap, folder), name=f"swap {name}")
-        self._tasks[name] = task
-        task.add_done_callback(lambda _: self._tasks.pop(name, None))
-        return swap
+        if (latest is not None and latest.running) or self._serving[name].pack is not old:
+            raise SwapConflict(f"pack {name} is being swapped already; wait until that is over")
+        return self._group
 
     def known(self, name: str) -> Generation:
         """What serves under a name. Raises ``PackUnknown``, or ``SwapConflict`` for a pack that cannot be run."""
@@ -267,7 +271,7 @@ class Swaps:
                 self._end(swap, SwapPhase.ROLLED_BACK, "the service ended")
             raise
         finally:
-            self._ended.pop(swap.name, None)
+            self._ended.pop(swap, None)
 
     def _load(self, old: ServedPack, request: SwapRequest, folder: Path) -> Generation:
         """Raises ``EngineError``, ``SettingsError`` or ``SwapConflict``."""
@@ -276,14 +280,15 @@ class Swaps:
             update={"name": str(folder)} | {key: value for key, value in changes.items() if value is not None}
         )
         pack = load_pack(wanted, len(old.copies), folder, old.name)
-        new = Generation(pack)
         try:
             _check_fits(old, pack.manifest)
+            new = Generation(pack)
             new.warm_up(self._max_batch)
+            return new
         except BaseException:
-            new.close()
+            for copy in pack.copies:
+                copy.close()
             raise
-        return new
 
     async def _take_over(self, swap: Swap, old: Generation, new: Generation) -> None:
         swap.new = new.pack.info
@@ -299,7 +304,7 @@ class Swaps:
         self._end(swap, SwapPhase.DONE)
         log.info("pack %s: %s %s took over", swap.name, new.pack.info.name, new.pack.info.version)
         await self._pool.retire(old)
-        self._forget_ended(new)
+        self._forget_ended(swap, new)
 
     async def _compare(self, swap: Swap, old: Generation, new: Generation) -> None:
         """Returns when the new pack may take over. Raises ``RolledBack``."""
@@ -325,8 +330,8 @@ class Swaps:
                     await moved.wait()
             moved.clear()
 
-    def _forget_ended(self, new: Generation) -> None:
-        for source_id in self._ended.pop(new.pack.name, set()):
+    def _forget_ended(self, swap: Swap, new: Generation) -> None:
+        for source_id in self._ended.pop(swap, set()):
             if self._is_gone(source_id):
                 new.store.forget(source_id)
 

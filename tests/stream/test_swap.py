@@ -60,6 +60,14 @@ class Running:
         async with asyncio.timeout(30):
             await self.collector.wait_for(subject)
 
+    async def more_windows(self, count: int) -> None:
+        """Until so many more have been computed."""
+        windows = self.service.metrics.views.windows
+        enough = sum(windows.values()) + count
+        async with asyncio.timeout(30):
+            while sum(windows.values()) < enough:  # noqa: ASYNC110 - counts tell nobody
+                await asyncio.sleep(0.02)
+
     async def pack(self, name: str = "tiny") -> dict[str, Any]:
         found: list[dict[str, Any]] = (await self.client.get("/v1/packs")).json()
         return next(one for one in found if one["name"] == name)
@@ -210,13 +218,30 @@ async def test_live_windows_are_neither_lost_nor_doubled(tiny_pack: Path) -> Non
     assert packs == sorted(packs, reverse=True) and {"tiny", "night"} == set(packs)
 
 
+async def test_swaps_back_and_forth_leave_nothing_behind(tiny_pack: Path) -> None:
+    exported("night")
+    exported("day")
+    async with serving(tiny_pack) as s:
+        await s.told("bright")
+        for pack in ("night", "day") * 5:
+            assert (await s.swapped(pack=pack, compare_s=0))["phase"] == "done"
+        assert (await s.pack())["pack"]["name"] == "day"
+        told = await s.metrics()
+        assert told['sightwire_swaps_total{outcome="done",pack="tiny"}'] == 10
+        await s.more_windows(20)
+    assert s.service.metrics.views.windows.keys() == {("tiny", "ok")}
+    bright = [e.data for e in s.collector.events if e.subject == "bright"]
+    assert len({data["event_id"] for data in bright}) == 1, "one event through all of them"
+    assert bright[-1]["phase"] == "end" and bright[-1]["pack"]["name"] == "day"
+
+
 async def test_too_much_disagreement_rolls_back(tiny_pack: Path) -> None:
     exported("doubtful", branches__0__heads__0__temperature=50.0)
     async with serving(tiny_pack) as s:
         await s.told("bright")
         done = await s.swapped(pack="doubtful", compare_s=1)
         assert done["phase"] == "rolled_back"
-        assert done["cause"].startswith("head action disagrees on ") and "max_disagreement" in done["cause"]
+        assert done["cause"].startswith("head action disagrees by ") and "max_disagreement" in done["cause"]
         assert done["heads"]["action"]["other_side"] > 0.5 and done["heads"]["action"]["score_difference"] > 0.1
         assert done["heads"]["class"]["disagreement"] == 0
         assert (await s.pack())["pack"]["name"] == "tiny"
@@ -412,11 +437,7 @@ async def test_states_of_the_new_pack_are_its_own_and_stay(tiny_stateful_pack: P
         done = await s.swapped(name, pack="night", compare_s=1)
         assert done["phase"] == "done", done["cause"]
         assert done["heads"]["action"]["disagreement"] == 0
-        windows = s.service.metrics.views.windows
-        enough = windows[name, "ok"] + 100
-        async with asyncio.timeout(30):
-            while windows[name, "ok"] < enough:  # noqa: ASYNC110 - counts tell nobody
-                await asyncio.sleep(0.02)
+        await s.more_windows(100)
         told = await s.metrics()
         assert told[f'sightwire_state_bytes{{pack="{name}"}}'] > 0
         # Its past begins where the comparison did, within the epoch, and nowhere else: not at the cut.

@@ -50,7 +50,7 @@ def test_no_window_is_no_comparison() -> None:
 
 def test_disagreement_counts_at_the_end() -> None:
     assert not verdict(figures(), at_s=5, max_disagreement=0.01)
-    with pytest.raises(RolledBack, match=r"head action disagrees on 4\.0% of 100 windows, more than the 1\.0%"):
+    with pytest.raises(RolledBack, match=r"head action disagrees by 4\.0% \(over 100 windows\), more than the 1\.0%"):
         verdict(figures(), at_s=10, max_disagreement=0.01)
     assert verdict(figures(), at_s=10, max_disagreement=0.04)
 
