@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 import models
 from engines.cache import write_atomically
-from engines.manifest import Manifest, PackSource
+from engines.manifest import Manifest, Mode, PackSource
 from export.adapters.common import ExportOptions
 from export.build import ExportError, PackToWrite
 from export.onnx import base_pack
@@ -102,7 +102,7 @@ def rebuild(manifest: Manifest, stated: Note | None, cache: Path | None) -> Pack
     Raises ``SourceNotAtHand`` when nothing was stated and nothing usable is known, ``ExportError`` when what was stated
     cannot be read or is another model.
     """
-    note = stated or recall(manifest, cache)
+    note = recall(manifest, cache) if stated is None else _in_mode(stated, manifest)
     try:
         pack = _read(manifest, note)
     except (ExportError, ModelError) as error:
@@ -115,6 +115,12 @@ def rebuild(manifest: Manifest, stated: Note | None, cache: Path | None) -> Pack
     if stated is not None:
         raise ExportError(f"pack {manifest.name} was not exported from {stated.model}: {problem}; name its own source")
     raise SourceNotAtHand(f"what it was exported from has changed: {problem}")
+
+
+def _in_mode(note: Note, manifest: Manifest) -> Note:
+    """The same model can be exported with states and without: as the pack has it."""
+    stateful = any(branch.mode is Mode.STATEFUL for branch in manifest.branches)
+    return Note(model=note.model, options=replace(note.options, mode=Mode.STATEFUL)) if stateful else note
 
 
 def _read(manifest: Manifest, note: Note | None) -> PackToWrite:

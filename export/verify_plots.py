@@ -96,7 +96,7 @@ def log_lines(lines: Sequence[Line], *, limit: float | None, title: str) -> str:
     if limit:
         parts.append(_rule(left, y(limit), WIDTH - right, y(limit), "limit"))
         parts.append(_text(WIDTH - right - 4, y(limit) - 5, "bound", "limit-name end"))
-    for n in range(count):
+    for n in range(0, count, max(1, count // 24)):
         parts.append(_text(x(n), top + height + 18, str(n + 1), "tick middle"))
     parts.append(_text(left + (WIDTH - left - right) / 2, top + height + 36, "window", "tick middle"))
     for place, line in enumerate(lines):
