@@ -12,8 +12,9 @@ from engines.types import Array
 from stream.samples import Sample
 from stream.sampling import Size
 
-IN_FLIGHT = 2
-"""Windows of one source and branch that a ring holds the frames of; a batch with more is gathered in parts."""
+IN_FLIGHT = 4
+"""Windows of one source and branch that a ring holds the frames of: as many as a live source can have queued and in
+work. A recording may have more; a frame that two of its branches look at far apart in time is uploaded again."""
 
 
 class DevicePictures:

@@ -19,12 +19,9 @@ from engines.device_colour import to_rgb  # noqa: E402
 from engines.yuv import YuvFormat, YuvPicture, pack_all  # noqa: E402
 from stream.ingest.decode import FrameRenderer  # noqa: E402
 from stream.ingest.planes import yuv_picture  # noqa: E402
+from tests.gpu import DEVICES  # noqa: E402
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
-]
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 
 import numpy as np
@@ -15,11 +14,8 @@ from engines.device_colour import to_rgb  # noqa: E402
 from engines.device_frames import DeviceFrames, Picture, ring_slots  # noqa: E402
 from engines.errors import BackendUnavailable  # noqa: E402
 from engines.yuv import YuvFormat, YuvPicture  # noqa: E402
+from tests.gpu import DEVICES, HAS_GPU  # noqa: E402
 
-HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU and os.environ.get("SIGHTWIRE_REQUIRE_GPU") == "1":
-    pytest.fail("SIGHTWIRE_REQUIRE_GPU=1, but torch sees no GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_GPU, reason="no GPU"))]
 HEIGHT, WIDTH = 6, 8
 
 

@@ -22,8 +22,7 @@ from engines.split import SplitEngine  # noqa: E402
 from engines.tinypack import REFERENCES  # noqa: E402
 from engines.torch_engine import TorchEngine  # noqa: E402
 from engines.types import Engine  # noqa: E402
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+from tests.gpu import DEVICES  # noqa: E402
 
 
 class Encoder(torch.nn.Module):  # type: ignore[misc]
@@ -44,18 +43,10 @@ def on_device(request: pytest.FixtureRequest, tiny_pack: Path, graph: GraphSpec,
     engine: Engine
     if request.param == "torch":
         engine = TorchEngine(Encoder().eval(), "tiny", graph, device=device)
-    elif device == "cuda" and "CUDAExecutionProvider" not in _providers():
-        pytest.skip("ONNX Runtime here knows no CUDA")
     else:
         engine = backends.load(tiny_pack / graph.file, "tiny", graph, "onnxruntime", EngineOptions(device=device))
     yield engine
     engine.close()
-
-
-def _providers() -> list[str]:
-    import onnxruntime
-
-    return list(onnxruntime.get_available_providers())
 
 
 @pytest.mark.parametrize("device", DEVICES)
