@@ -7,7 +7,7 @@ rtsp=(gir1.2-gst-rtsp-server-1.0 gstreamer1.0-rtsp python3-gi gstreamer1.0-plugi
       gstreamer1.0-plugins-good gstreamer1.0-plugins-bad)
 case "${1:-}" in
   demo) wanted=("${rtsp[@]}") ;;
-  test) wanted=("${rtsp[@]}" gstreamer1.0-plugins-ugly gstreamer1.0-libav ffmpeg prometheus) ;;
+  test) wanted=("${rtsp[@]}" gstreamer1.0-plugins-ugly gstreamer1.0-libav ffmpeg prometheus chromium) ;;
   *) echo "usage: $0 demo|test" >&2; exit 2 ;;
 esac
 
