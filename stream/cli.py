@@ -220,7 +220,6 @@ def record(
     """Record a camera as it comes, to be replayed with the same windows and events."""
     set_up_logging(verbose)
     from stream import record as recording
-    from stream.screen import print_recorded
 
     named = named_sources([source], fast=False, loop=False)[0] | {"record": str(file), "record_max_mb": max_mb}
     settings = settings_from(None, None, None, None, source=named, retry={"give_up": True})
@@ -235,7 +234,7 @@ def record(
         )
     if done.error is not None:
         raise done.error
-    print_recorded(err, done)
+    recording.print_recorded(err, done)
     if not done.files or not done.complete:
         raise typer.Exit(FAILED)
 

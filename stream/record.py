@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from rich.console import Console
+from rich.markup import escape
+
 from engines.manifest import VideoInput
 from stream.accounting import Hop
 from stream.channel import Channel, Policy
@@ -97,6 +100,18 @@ async def record(
         error=supervisor.status.error,
         complete=finished and not recorder.has_failed,
     )
+
+
+def print_recorded(console: Console, done: Recorded) -> None:
+    """What a recording came to, and how to replay it."""
+    if not done.files:
+        console.print("[bold red]error:[/] nothing was recorded; see above")
+        return
+    first = escape(str(done.files[0]))
+    many = f" in {len(done.files)} files" if len(done.files) > 1 else ""
+    again = f", {done.reconnects} reconnections" if done.reconnects else ""
+    console.print(f"{first}: {done.size / 1e6:.1f} MB{many}{again}; to live through it again:")
+    console.print(f"  [bold]sightwire replay {first}[/]")
 
 
 def _tell(source_id: str, status: SourceStatus, previous: SourceState) -> None:

@@ -14,7 +14,6 @@ from rich.table import Table
 
 from stream.doctor import Check
 from stream.received import ReceivedEvent
-from stream.record import Recorded
 from stream.runner import Addresses
 from stream.settings import Settings, redacted_url
 from stream.sinks.console import ConsoleSink
@@ -47,17 +46,6 @@ def _command() -> str:
         return "sightwire"
     path = called.absolute()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(called)
-
-
-def print_recorded(console: Console, done: Recorded) -> None:
-    """What a recording came to, and how to replay it."""
-    if not done.files:
-        console.print("[bold red]error:[/] nothing was recorded; see above")
-        return
-    many = f" in {len(done.files)} files" if len(done.files) > 1 else ""
-    again = f", {done.reconnects} reconnections" if done.reconnects else ""
-    console.print(f"{escape(str(done.files[0]))}: {done.size / 1e6:.1f} MB{many}{again}; to live through it again:")
-    console.print(f"  [bold]{escape(_command())} replay {escape(str(done.files[0]))}[/]")
 
 
 def print_summary(console: Console, summary: Summary) -> None:

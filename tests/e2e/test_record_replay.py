@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 
 from stream.clock import SystemClock
 from stream.packs import load_packs
 from stream.service import Service
 from stream.settings import load_settings
-from stream.types import ClipWindow, ClockOrigin, Event
+from stream.types import ClipWindow, ClockOrigin, EpochStart, Event, Progress
+from tests.e2e.command import Running, free_port, sightwire
 from tests.e2e.conftest import StartRtspServer
-from tests.stream.ingest.media import Clip, make_clip
+from tests.stream.ingest.media import Clip, make_clip, run_source
 
 CANARY = "canary-3f9b"
 PATIENCE_S = 40
@@ -116,3 +119,64 @@ async def test_a_service_and_its_recording_agree(
 
 def all_bytes(folder: Path, pattern: str) -> bytes:
     return b"".join(path.read_bytes() for path in folder.glob(pattern))
+
+
+def media_end_s(file: Path) -> float:
+    """How far a replay gets, from the beginning of its first epoch, in seconds of media."""
+    run = run_source(f"replay://{file}", clock=SystemClock())
+    assert run.error is None, run.error
+    return (max(item.pts_ns for item in run.of(Progress)) - run.of(EpochStart)[0].origin_ns) / 1e9
+
+
+def test_a_killed_recording_is_there_up_to_its_last_second(
+    rtsp_server: StartRtspServer, clip: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "cam.mkv"
+    server = rtsp_server(clip, "--loop")
+    running = Running(tmp_path / "home", "record", server.url, str(file))
+    try:
+        watched_s = wait_for_media(file, 4.0)
+        running.process.kill()
+        running.process.wait(10)
+    finally:
+        running.kill()
+    # A cluster is a second long; what came after the last one is lost.
+    assert media_end_s(file) >= watched_s - 0.2
+    with av.open(str(file)) as container:
+        assert sum(1 for _ in container.decode(video=0)) > 25
+
+
+def wait_for_media(file: Path, seconds: float) -> float:
+    """Until so much can be replayed while it is being written."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        if file.exists() and file.stat().st_size > 5000 and (there_s := media_end_s(file)) >= seconds:
+            return there_s
+        time.sleep(0.3)
+    raise AssertionError(f"nothing came into {file}")
+
+
+def test_the_commands_record_and_replay(
+    rtsp_server: StartRtspServer, tiny_pack: Path, clip: Path, tmp_path: Path
+) -> None:
+    file, home = tmp_path / "front.mkv", tmp_path / "home"
+    url = rtsp_server(clip, "--loop", "--login", f"admin:{CANARY}").url_for(f"admin:{CANARY}")
+    done = sightwire(home, "record", f"front={url}", str(file), "--seconds", "4")
+    assert done.code == 0, done.err
+    assert f"{file}: " in done.err and f"replay {file}" in done.err
+    assert 3.0 < media_end_s(file) < 8.0
+    again = sightwire(home, "record", url, str(file), "--seconds", "4")
+    assert again.code == 1 and again.errors == [f"error: {file} is there already; choose another name"]
+    told = sightwire(home, "replay", str(file), "--pack", str(tiny_pack), "--backend", "onnxruntime")
+    assert told.code == 0, told.err
+    assert any("front" in line and "scene" in line for line in told.out.splitlines()), told.out
+    wrong = sightwire(home, "replay", str(clip), "--pack", str(tiny_pack))
+    assert wrong.code == 1 and len(wrong.errors) == 1 and "not a recording" in wrong.errors[0]
+    assert CANARY not in done.err + done.out + again.err + told.err + told.out
+    assert CANARY.encode() not in all_bytes(tmp_path, "front*")
+
+
+def test_a_source_that_cannot_be_reached_is_not_recorded(tmp_path: Path) -> None:
+    done = sightwire(tmp_path / "home", "record", f"rtsp://127.0.0.1:{free_port()}/cam", str(tmp_path / "cam.mkv"))
+    assert done.code == 1 and len(done.errors) == 1 and "connection refused" in done.errors[0]
+    assert not list(tmp_path.glob("cam*"))
