@@ -442,3 +442,29 @@ async def test_states_of_the_new_pack_are_its_own_and_stay(tiny_stateful_pack: P
         assert told[f'sightwire_state_bytes{{pack="{name}"}}'] > 0
         # Its past begins where the comparison did, within the epoch, and nowhere else: not at the cut.
         assert told[f'sightwire_state_restarts_total{{pack="{name}"}}'] == 1
+
+
+async def test_nothing_is_kept_of_a_source_that_ended_while_packs_were_compared(
+    tiny_pack: Path, tmp_path: Path
+) -> None:
+    exported("night")
+    settings = settings_for(tiny_pack, {"a": SCENE}, engine={"threads": 1, "max_batch": 1}, stay=True)
+    collector = Held("bright")
+    service = Service(settings, load_packs(settings, tmp_path), collector, SystemClock())
+    running = asyncio.create_task(service.run())
+    async with asyncio.timeout(60):
+        await collector.held.wait()
+        begun = await service.swaps.begin("tiny", swapping.SwapRequest(pack="night", compare_s=3))
+        while begun.phase is not swapping.SwapPhase.COMPARING:  # noqa: ASYNC110 - a swap's state tells nobody
+            await asyncio.sleep(0.01)
+        collector.go_on.set()
+        await collector.wait_for("ended")
+        while begun.running:  # noqa: ASYNC110 - a swap's state tells nobody
+            await asyncio.sleep(0.01)
+        assert begun.phase is swapping.SwapPhase.DONE, begun.cause
+        assert begun.figures is not None and begun.figures.windows > 0
+        service.stop()
+        assert await running == []
+    (pack,) = service._generations.values()
+    assert pack.pack.info.name == "night" and pack.store.encoded > 0
+    assert pack.store.features.sources == 0
