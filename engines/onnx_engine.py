@@ -23,6 +23,8 @@ _PROVIDERS = {
     # What TensorRT does not take of a graph, CUDA does.
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider"),
 }
+# TF32 would make fp32 less than it says.
+_PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 _PRECISIONS = {"cpu": ("fp32", "int8"), "cuda": ("fp32", "fp16", "int8"), "tensorrt": ("fp32", "fp16", "int8")}
 _DTYPES = {"tensor(uint8)": "uint8", "tensor(int64)": "int64", "tensor(float)": "float32", "tensor(float16)": "float16"}
 # Each status code is a class of its own, with no common base below Exception.
@@ -115,7 +117,9 @@ def _shared_session(path: Path, pack: str, graph: GraphSpec, options: EngineOpti
 def _open_session(path: Path, pack: str, graph: GraphSpec, options: EngineOptions, session_options: Any) -> Any:
     providers = _providers(options.device)
     try:
-        session = ort.InferenceSession(str(path), session_options, providers=list(providers))
+        session = ort.InferenceSession(
+            str(path), session_options, providers=[(name, _PROVIDER_OPTIONS.get(name, {})) for name in providers]
+        )
     except _ORT_ERRORS as error:
         raise GraphLoadError(
             f"pack {pack}: onnxruntime {version()} cannot load graph {graph.name} ({path.name}): "

@@ -39,6 +39,9 @@ class TorchEngine:
             raise BackendUnavailable(
                 f"pack {pack}: graph {graph.name}: torch runs {', '.join(_CASTS)}, not {precision}; choose one"
             )
+        if device.startswith("cuda"):
+            # For the whole process, since torch knows no narrower way. TF32 would make fp32 less than it says.
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self._module: torch.nn.Module | None = module.to(device)
         self._device = device
         self._spec = EngineSpec(pack, graph.name, "torch", device, precision, graph.inputs, graph.outputs)
