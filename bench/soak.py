@@ -82,6 +82,19 @@ def soak(minutes: float, sources: int, *, with_churn: bool, rtsp: bool) -> Measu
     return Measured(tuple(rows), notes)
 
 
+def churned(folder: Path, seconds: float, sources: int = 4) -> Measured:
+    """Sources that come and go: generated ones for half of the time, then those of a real RTSP server.
+
+    Raises ``BenchError``.
+    """
+    pack = folder / "tiny"
+    write_tiny_pack(pack)
+    until_s = time.monotonic() + seconds / 2
+    rows = churn_rows(asyncio.run(churn(pack, synthetic(sources), 100, until_s=until_s)))
+    rows += churn_rows(_rtsp(pack, folder, sources, seconds / 2), "rtsp_")
+    return Measured(tuple(rows), ("after gc and malloc_trim, least squares over the last 70 % of the samples",))
+
+
 def _rtsp(pack: Path, folder: Path, sources: int, seconds: float) -> Churned:
     from tests.e2e.rtsp_server import CannotServe, RtspServer
     from tests.stream.ingest.media import Clip, make_clip
