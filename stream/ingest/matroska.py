@@ -100,7 +100,9 @@ class Template:
     Raises ``CannotRecord`` for a codec that Matroska does not hold.
     """
 
-    def __init__(self, streams: tuple[MediaStream, ...]) -> None:
+    def __init__(self, streams: tuple[MediaStream, ...], timed: bool, uncertainty_ms: float) -> None:
+        self.timed = timed
+        self.uncertainty_ms = uncertainty_ms
         self._container = av.open(io.BytesIO(), "w", format="matroska")
         try:
             self.streams = tuple(_add_stream(self._container, stream) for stream in streams)
@@ -114,7 +116,7 @@ class Template:
             if stream.codec_context.name in _EXPANDED
         }
         """int16 ``[256]`` by track: the sample that each byte stands for."""
-        self.key = tuple(_parameters(stream) for stream in streams)
+        self.key = (timed, *(_parameters(stream) for stream in streams))
         """What a file's header says of them: connections that agree in it may share a file."""
 
     def lacks_parameter_sets(self) -> frozenset[int]:
@@ -182,6 +184,7 @@ class PartWriter:
         self._notes = self._container.add_mux_stream("subrip")
         self._notes.disposition = Disposition(0)
         self._time = PlayTime()
+        self._timed = template.timed
         self._expansions = template.expansions
         self._bases = [Fraction(*track.time_base) for track in template.tracks]
 
@@ -196,7 +199,8 @@ class PartWriter:
         packet = Packet(self._expand(media))
         packet.stream = self._tracks[media.track]
         packet.time_base = Fraction(1, 1000)
-        packet.pts, packet.dts = self._time.place(media.track, _ns(stamp.pts, base), _ns(stamp.dts, base))
+        times = _ns(stamp.pts, base), _ns(stamp.dts, base)
+        packet.pts, packet.dts = self._time.place(media.track, *(times if self._timed else (stamp.arrival_ns, None)))
         packet.duration = int(stamp.duration * base * 1000)
         packet.is_keyframe = stamp.key
         # Matroska's BlockAddID, then what it holds.

@@ -136,7 +136,9 @@ class NetworkSource:
         if not selected.streams:
             raise link.failure(Failure.NO_STREAM)
         tracks = selected.tracks(self._audio_rate, timed=connection.timed)
-        clock = self._clock if self._tap is None else self._tap.connected(selected.streams)
+        clock = self._clock
+        if self._tap is not None:
+            clock = self._tap.connected(selected.streams, connection.timed, connection.uncertainty_ms)
         assembler = Assembler(
             self.source_id,
             self._inputs,

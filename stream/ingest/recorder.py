@@ -82,14 +82,14 @@ class Recorder:
         self._number = 0
         self._off_until_ns: int | None = None
 
-    def connected(self, streams: tuple[MediaStream, ...]) -> Clock:
+    def connected(self, streams: tuple[MediaStream, ...], timed: bool, uncertainty_ms: float) -> Clock:
         """See ``Tap``."""
         with self._lock:
             self._arrival = ArrivalClock()
             self._set_clock(self._clock.monotonic_ns())
             self._indices = tuple(stream.index for stream in streams)
             try:
-                self._template = Template(streams)
+                self._template = Template(streams, timed, uncertainty_ms)
             except CannotRecord as error:
                 log.error("source %s: not recorded: %s", self._source_id, error)
                 self._template = None
@@ -168,8 +168,17 @@ class Recorder:
 
     def _announce(self) -> None:
         assert self._template is not None
-        now_ns, offset_ns = self._arrival.now_ns, self._arrival.wall_offset_ns
-        self._put(Connected(self._next(), now_ns, offset_ns, self._template.tracks))
+        template, arrival = self._template, self._arrival
+        self._put(
+            Connected(
+                self._next(),
+                arrival.now_ns,
+                arrival.wall_offset_ns,
+                template.tracks,
+                template.timed,
+                template.uncertainty_ms,
+            )
+        )
 
     def _next(self) -> int:
         number, self._number = self._number, self._number + 1

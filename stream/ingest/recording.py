@@ -126,6 +126,10 @@ class Connected:
     wall_offset_ns: int
     """UTC less monotonic clock."""
     tracks: tuple[Track, ...]
+    timed: bool = True
+    """Whether packets carry times; else arrival is presentation."""
+    uncertainty_ms: float = 200.0
+    """Of capture time by arrival."""
     continues: bool = False
     """Repeated at the start of a part for whoever has not the one before; else it means nothing."""
 

@@ -160,14 +160,14 @@ class ReplaySource:
 
     def _connect(self, container: InputContainer, connected: Connected, times: _Times, emit: Emit) -> _Connection:
         selected, chosen = self._select(container, connected)
-        interval_ns = max(track.frame_interval_ns for track in connected.tracks)
+        interval_ns = max(track.frame_interval_ns for track in connected.tracks) if connected.timed else 0
         tracks = replace(selected.tracks(self._audio_rate), frame_interval_ns=interval_ns)
         emitter = _Emitter(emit, self.source_id, fast=self._settings.pace is Pace.FAST)
         assembler: Assembler[VideoFrame] = Assembler(
             self.source_id,
             self._inputs,
             tracks,
-            LiveCapture(times.clock),
+            LiveCapture(times.clock, connected.uncertainty_ms),
             self._renderer.render,
             emitter,
             self.stats,
@@ -182,6 +182,7 @@ class ReplaySource:
             assembler,
             self.stats,
             live=True,
+            timed=connected.timed,
             inputs=self._inputs if self._settings.skip_frames else None,
             decode=self._settings.decode,
         )
@@ -228,7 +229,10 @@ class _Times:
         """Go on to the next thing that happened, waiting for it where the pace is real time."""
         if isinstance(what, Connected) and self._shift_ns is None:
             now_ns = self._source_clock.monotonic_ns()
-            if self._pace is Pace.FAST:
+            if self._pace is Pace.FAST and not what.timed:
+                # Arrival is presentation: it must be as it was.
+                self._shift_ns = 0
+            elif self._pace is Pace.FAST:
                 self._shift_ns = what.wall_offset_ns - (self._source_clock.wall_ns() - now_ns)
             else:
                 self._shift_ns = now_ns - what.arrival_ns

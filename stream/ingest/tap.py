@@ -14,8 +14,11 @@ from stream.ingest.decode import MediaStream
 class Tap(Protocol):
     """Called on the source's thread; neither blocks nor raises."""
 
-    def connected(self, streams: tuple[MediaStream, ...]) -> Clock:
-        """A connection delivers these streams, and captions at most; returns the clock for its capture times."""
+    def connected(self, streams: tuple[MediaStream, ...], timed: bool, uncertainty_ms: float) -> Clock:
+        """A connection delivers these streams, and captions at most; returns the clock for its capture times.
+
+        ``timed`` and ``uncertainty_ms`` are those of ``stream.ingest.connection.Connection``.
+        """
         ...
 
     def received(self, packet: Packet[Stream], arrival_ns: int, report_ns: int | None) -> None:

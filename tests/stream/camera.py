@@ -55,6 +55,7 @@ class Camera:
     clock: ManualClock
     inputs: tuple[VideoInput, ...]
     audio_rate: int | None = 16_000
+    timed: bool = True
     emit: Callable[[MediaItem], None] = _keep
     before: Callable[[int], None] = lambda now_ns: None
     items: list[MediaItem] = field(default_factory=list)
@@ -74,19 +75,22 @@ class Camera:
         """One connection; ``reports`` gives a sender report at a media time, ``shift_s`` moves the timestamps."""
         with av.open(str(clip)) as container:
             selected = select_streams(container, video=bool(self.inputs), audio=self.audio_rate is not None)
-            tracks = selected.tracks(self.audio_rate)
+            tracks = selected.tracks(self.audio_rate, timed=self.timed)
             assembler: Assembler[av.VideoFrame] = Assembler(
                 "cam",
                 self.inputs,
                 tracks,
-                LiveCapture(self.recorder.connected(selected.streams)),
+                LiveCapture(self.recorder.connected(selected.streams, self.timed, 120.0), 120.0),
                 FrameRenderer().render,
                 self._emit,
                 self.stats,
                 first_epoch=self.epoch,
                 first_reason="reconnect" if self.epoch else "start",
             )
-            decoder = Decoder("cam", "rtsp://cam", selected, tracks.sample_rate, assembler, self.stats, live=True)
+            decoder = Decoder(
+                "cam", "rtsp://cam", selected, tracks.sample_rate, assembler, self.stats, live=True, timed=self.timed,
+                inputs=self.inputs,
+            )  # fmt: skip
             started_ns = self.clock.now_ns
             packets = read_packets(container, selected.all, self.stats, lambda: True)
             for arrival_ns, packet, at_s in self._arrivals(packets, started_ns, late):

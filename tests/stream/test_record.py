@@ -96,9 +96,9 @@ def test_parameter_sets_that_come_in_the_stream_only(tmp_path: Path, clock: Manu
     with recording(tmp_path / "out.mkv", clock) as recorder:
         connected = recorder.connected
 
-        def unannounced(streams: tuple[av.VideoStream, ...]) -> object:
+        def unannounced(streams: tuple[av.VideoStream, ...], *more: object) -> object:
             streams[0].codec_context.extradata = None
-            return connected(streams)
+            return connected(streams, *more)  # type: ignore[arg-type]
 
         recorder.connected = unannounced  # type: ignore[assignment]
         camera = Camera(recorder, clock, EVERY_FRAME)
@@ -106,6 +106,29 @@ def test_parameter_sets_that_come_in_the_stream_only(tmp_path: Path, clock: Manu
     with av.open(str(tmp_path / "out.mkv")) as container:
         assert container.streams.video[0].codec_context.extradata
     assert facts(replay(tmp_path / "out.mkv")) == facts(camera.items)
+
+
+def test_pictures_without_times_come_again_at_their_arrival(tmp_path: Path, clock: ManualClock) -> None:
+    clip = make_clip(tmp_path / "clip.mp4", Clip(seconds=2, audio=None))
+    with recording(tmp_path / "out.mkv", clock) as recorder:
+        camera = Camera(recorder, clock, EVERY_FRAME, timed=False)
+        camera.play(clip)
+    assert camera.items[0].origin_ns == camera.items[0].arrival_ns  # type: ignore[union-attr]
+    assert facts(replay(tmp_path / "out.mkv")) == facts(camera.items)
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        assert container.duration is not None and 1.5 < container.duration / 1e6 < 3
+
+
+def test_frames_that_were_left_undecoded_are_left_again(tmp_path: Path, clock: ManualClock) -> None:
+    clip = make_clip(tmp_path / "clip.mp4", Clip(seconds=8, gop=12))
+    sparse = (VideoInput(width=32, height=32, fps=Fraction(1)),)
+    with recording(tmp_path / "out.mkv", clock) as recorder:
+        camera = Camera(recorder, clock, sparse)
+        camera.play(clip)
+    assert camera.stats.frames_decoded < 150, "not all are decoded"
+    run = run_source(f"replay://{tmp_path / 'out.mkv'}", sparse, clock=SystemClock())
+    assert run.source.stats.frames_decoded == camera.stats.frames_decoded
+    assert facts(run.items) == facts(camera.items)
 
 
 def test_captions_come_again_and_notes_are_none(tmp_path: Path, clock: ManualClock) -> None:

@@ -287,7 +287,7 @@ stamps = st.builds(
 numbers = st.integers(0, 1 << 62)
 tracks = st.builds(Track, st.sampled_from(["video", "audio"]), st.tuples(*[st.integers(1, 1 << 31)] * 2), numbers)
 notes = st.one_of(
-    st.builds(Connected, numbers, times, times, st.lists(tracks, max_size=3).map(tuple), st.booleans()),
+    st.builds(Connected, numbers, times, times, st.lists(tracks, max_size=3).map(tuple)),
     st.builds(ClockSet, numbers, times),
     st.builds(Flushed, numbers, times, st.integers(0, 9)),
     st.builds(Said, numbers, times, times, times, st.text(max_size=20)),
