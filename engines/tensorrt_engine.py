@@ -28,7 +28,7 @@ __all__ = ["TensorRtEngine", "compile_graph", "load", "version"]
 
 _log = logging.getLogger(__name__)
 _PRECISIONS = ("fp32", "fp16", "int8")
-_SIZES = 8
+_SIZES = 16
 """Batch sizes kept ready, each with its own context, buffers and CUDA graph."""
 _capturing = threading.Lock()
 _TORCH = {"uint8": torch.uint8, "int64": torch.int64, "float32": torch.float32, "float16": torch.float16}
@@ -141,26 +141,27 @@ class TensorRtEngine:
         return self._spec
 
     def warmup(self, batch_sizes: Sequence[int]) -> None:
-        """See ``Engine``."""
-        for batch in batch_sizes:
-            self.infer(zeros(self._spec, batch))
+        """See ``Engine``; with every size that runs in place of a smaller one."""
+        for size in sorted({run_size(self._batch, batch) for batch in range(1, max(batch_sizes, default=0) + 1)}):
+            self.infer(zeros(self._spec, size))
 
     def infer(self, inputs: Tensors) -> dict[str, Array]:
         """See ``Engine``: arrays go up to the GPU from page-locked memory, tensors there are taken from where they lie
         (after what the caller has queued on its stream); the answers come back into page-locked memory."""
         check_inputs(self._spec, inputs)
-        size = self._size(len(next(iter(inputs.values()))))
+        batch = len(next(iter(inputs.values())))
+        size = self._size(batch)
         try:
-            self._feed(size, inputs)
+            self._feed(size, inputs, batch)
             size.run(self._compute)
             self._copies.wait_stream(self._compute)
             with torch.cuda.stream(self._copies):
                 for name, tensor in size.outputs.items():
-                    size.pinned[name].copy_(tensor, non_blocking=True)
+                    size.pinned[name][:batch].copy_(tensor[:batch], non_blocking=True)
             self._copies.synchronize()
         except RuntimeError as error:  # torch's OutOfMemoryError is one too.
             raise failed(self._spec, first_line(error)) from error
-        outputs: dict[str, Array] = {name: np.array(size.pinned[name].numpy()) for name in size.outputs}
+        outputs: dict[str, Array] = {name: np.array(size.pinned[name][:batch].numpy()) for name in size.outputs}
         check_outputs(self._spec, outputs)
         return outputs
 
@@ -170,15 +171,16 @@ class TensorRtEngine:
         The caller's stream waits for them, the processor does not. Raises ``InferenceError``.
         """
         check_inputs(self._spec, inputs)
-        size = self._size(len(next(iter(inputs.values()))))
+        batch = len(next(iter(inputs.values())))
+        size = self._size(batch)
         caller = torch.cuda.current_stream()
         try:
             # The page-locked buffers may still be read for the batch before.
             self._copies.synchronize()
-            self._feed(size, inputs)
+            self._feed(size, inputs, batch)
             size.run(self._compute)
             with torch.cuda.stream(self._compute):
-                outputs = {name: tensor.clone() for name, tensor in size.outputs.items()}
+                outputs = {name: tensor[:batch].clone() for name, tensor in size.outputs.items()}
         except RuntimeError as error:
             raise failed(self._spec, first_line(error)) from error
         caller.wait_stream(self._compute)
@@ -186,21 +188,22 @@ class TensorRtEngine:
             tensor.record_stream(caller)
         return outputs
 
-    def _feed(self, size: _Size, inputs: Tensors) -> None:
-        """Queue the inputs to their buffers, before what is computed next. Raises ``RuntimeError``."""
+    def _feed(self, size: _Size, inputs: Tensors, batch: int) -> None:
+        """Queue the inputs to the first rows of their buffers, before what is computed next; the other rows hold what
+        they held. Raises ``RuntimeError``."""
         on_device: dict[str, Any] = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         # The buffers may still be read for the batch before.
         self._copies.wait_stream(self._compute)
         with torch.cuda.stream(self._copies):
             for name in inputs.keys() - on_device.keys():
-                size.pinned[name].numpy()[...] = inputs[name]
-                size.inputs[name].copy_(size.pinned[name], non_blocking=True)
+                size.pinned[name].numpy()[:batch] = inputs[name]
+                size.inputs[name][:batch].copy_(size.pinned[name][:batch], non_blocking=True)
         self._compute.wait_stream(self._copies)
         if on_device:
             self._compute.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._compute):
             for name, tensor in on_device.items():
-                size.inputs[name].copy_(tensor, non_blocking=True)
+                size.inputs[name][:batch].copy_(tensor, non_blocking=True)
                 if tensor.is_cuda:
                     tensor.record_stream(self._compute)
 
@@ -213,21 +216,22 @@ class TensorRtEngine:
         self._engine = None
 
     def _size(self, batch: int) -> _Size:
-        """What runs this batch size, made at its first batch; of many sizes those last used are kept."""
+        """What runs a batch of this size, made at its first batch; of many those last used are kept."""
         where = f"pack {self._spec.pack}: graph {self._spec.graph}"
         if self._engine is None:
             raise InferenceError(f"{where} is closed")
         check_batch(where, self._batch, batch)
-        if batch not in self._sizes:
+        size = run_size(self._batch, batch)
+        if size not in self._sizes:
             try:
-                self._sizes[batch] = _Size(self._engine, self._spec, batch, self._compute, self._scratch)
+                self._sizes[size] = _Size(self._engine, self._spec, size, self._compute, self._scratch)
             except RuntimeError as error:
                 raise failed(self._spec, first_line(error)) from error
             if len(self._sizes) > _SIZES:
                 self._compute.synchronize()
                 self._sizes.popitem(last=False)
-        self._sizes.move_to_end(batch)
-        return self._sizes[batch]
+        self._sizes.move_to_end(size)
+        return self._sizes[size]
 
 
 def check_batch(where: str, profile: BatchProfile, batch: int) -> None:
@@ -237,6 +241,17 @@ def check_batch(where: str, profile: BatchProfile, batch: int) -> None:
             f"{where}: a batch of {batch} is outside {profile.smallest}..{profile.largest}, which its engine is "
             "compiled for; send smaller batches, or change the graph's batch sizes in the manifest and compile again"
         )
+
+
+def run_size(profile: BatchProfile, batch: int) -> int:
+    """The size that a batch is filled up to: a power of two, or one and a half times one, within the profile.
+
+    Batches of a live service come in all sizes, and each new one would cost a context and a capture; filled up, at
+    most a third of what is computed is for nothing.
+    """
+    power = 1 << max(0, batch - 1).bit_length()
+    size = power * 3 // 4 if power >= 4 and batch <= power * 3 // 4 else power
+    return min(max(size, profile.smallest), profile.largest)
 
 
 class _Size:
@@ -255,7 +270,9 @@ class _Size:
                 raise RuntimeError(f"input {name} cannot be {list(tensor.shape)}")
         self.outputs = {t.name: _on_gpu(self._context.get_tensor_shape(t.name), t.dtype) for t in spec.outputs}
         both = {**self.inputs, **self.outputs}
-        self.pinned = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for name, t in both.items()}
+        self.pinned = {name: torch.zeros(t.shape, dtype=t.dtype, pin_memory=True) for name, t in both.items()}
+        # The buffers were made on the caller's stream, and are filled on others.
+        torch.cuda.current_stream().synchronize()
         for name, tensor in both.items():
             self._context.set_tensor_address(name, tensor.data_ptr())
         self._graph = self._captured(stream)
@@ -289,7 +306,8 @@ class _Size:
 
 
 def _on_gpu(shape: Sequence[Any], dtype: str) -> torch.Tensor:
-    return torch.empty([int(size) for size in shape], dtype=_TORCH[dtype], device="cuda")
+    # Zeros, since rows that no batch has filled yet are computed with too.
+    return torch.zeros([int(size) for size in shape], dtype=_TORCH[dtype], device="cuda")
 
 
 def _context(engine: Any) -> Any:

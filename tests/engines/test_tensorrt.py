@@ -27,8 +27,8 @@ if "tensorrt" not in backends.installed():
 
 from engines import tensorrt_engine  # noqa: E402
 from engines.tensorrt_library import RTX, error_from  # noqa: E402
+from tests.gpu import HAS_GPU, needs_gpu  # noqa: E402
 
-HAS_GPU = torch.cuda.is_available()
 if not RTX and not HAS_GPU:
     pytest.skip("tensorrt itself builds on a GPU only", allow_module_level=True)
 
@@ -177,6 +177,16 @@ def test_a_batch_outside_the_profile(batch: int) -> None:
     tensorrt_engine.check_batch("pack p: graph g", BatchProfile(), 64)
 
 
+def test_batches_are_filled_up_to_few_sizes() -> None:
+    profile = BatchProfile(smallest=2, usual=8, largest=40)
+    sizes = [tensorrt_engine.run_size(profile, batch) for batch in range(2, 41)]
+    assert sorted(set(sizes)) == [2, 3, 4, 6, 8, 12, 16, 24, 32, 40]
+    for batch, size in zip(range(2, 41), sizes, strict=True):
+        assert batch <= size <= batch * 3 / 2
+    assert tensorrt_engine.run_size(profile, 1) == 2
+    assert {tensorrt_engine.run_size(BatchProfile(), batch) for batch in range(1, 65)} >= {1, 64}
+
+
 def test_batches_larger_than_the_profile_are_split(tiny: Path) -> None:
     graph = read_manifest(tiny).graph("watch_encoder").model_copy(update={"batch": BatchProfile(usual=2, largest=3)})
     fake = FakeEngine("tiny", graph, REFERENCES[graph.name])
@@ -219,8 +229,8 @@ def test_without_a_gpu_it_says_what_is_missing(tiny: Path) -> None:
         open_pack(tiny, backend="tensorrt", require_parity=False)
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="no GPU")
-@pytest.mark.parametrize("batch", [1, 3, 16])
+@needs_gpu
+@pytest.mark.parametrize("batch", [1, 3, 5, 16])
 def test_it_follows_the_rule_on_a_gpu(tiny: Path, tmp_path: Path, batch: int) -> None:
     manifest: Manifest = read_manifest(tiny)
     for graph in manifest.graphs:
@@ -230,8 +240,12 @@ def test_it_follows_the_rule_on_a_gpu(tiny: Path, tmp_path: Path, batch: int) ->
         want = REFERENCES[graph.name](inputs)
         for _ in range(2):
             got = engine.infer(inputs)
-        on_device = engine.infer_on_device({name: torch.from_numpy(array).cuda() for name, array in inputs.items()})
+        tensors = {name: torch.from_numpy(array).cuda() for name, array in inputs.items()}
+        first = next(iter(inputs))
+        on_device = engine.infer_on_device(tensors)
+        from_device = engine.infer(tensors)
+        mixed = engine.infer({**inputs, first: tensors[first]})
         for name in want:
-            np.testing.assert_allclose(got[name], want[name], atol=1e-3)
-            np.testing.assert_allclose(on_device[name].cpu().numpy(), want[name], atol=1e-3)
+            for found in (got[name], on_device[name].cpu().numpy(), from_device[name], mixed[name]):
+                np.testing.assert_allclose(found, want[name], atol=1e-3)
         engine.close()
