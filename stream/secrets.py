@@ -9,6 +9,11 @@ from urllib.parse import unquote
 from stream.settings import Settings, SourceSettings
 
 _USER_INFO = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^\s/@]+@", re.IGNORECASE)
+_SECRET_QUERY = re.compile(
+    r"[?&;](?:[a-z_-]*(?:token|pass|passwd|password|passphrase|pwd|secret|signature|sig|auth|key))=([^&;#\s]+)",
+    re.IGNORECASE,
+)
+"""Values of a URL's query whose names say that they are secret."""
 _MASK = "***"
 _known: set[str] = set()
 
@@ -28,7 +33,9 @@ def register_secrets(settings: Settings) -> None:
 
 def remember_source(source: SourceSettings) -> None:
     """Remember the secrets of a source that came later."""
-    _remember(_password(source.url.get_secret_value()))
+    url = source.url.get_secret_value()
+    for secret in (_password(url), *_SECRET_QUERY.findall(url)):
+        _remember(secret)
     if source.publish_token is not None:
         _remember(source.publish_token.get_secret_value())
 

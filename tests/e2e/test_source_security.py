@@ -44,6 +44,12 @@ ALLOWED = AddressGuard([ip_network("127.0.0.2/32")])
 LOOPBACK = AddressGuard([ip_network("127.0.0.0/8")])
 
 
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test stands by itself."""
+    monkeypatch.setattr("stream.secrets._known", set())
+
+
 def settings_of(url: str, **more: object) -> SourceSettings:
     values: dict[str, object] = {"id": "cam", "url": url, "trusted": False}
     values |= {"stall_timeout_s": 2.0, "open_timeout_s": 3.0, "read_timeout_s": 0.5}
@@ -473,8 +479,9 @@ def everything_logged() -> Iterator[io.StringIO]:
 
 
 SECRET_URLS = [
-    f"{scheme}://admin:{CANARY}@127.0.0.1:{{port}}/live/cam?token={CANARY}"
+    f"{scheme}://{login}127.0.0.1:{{port}}/live/cam?access_token={CANARY}"
     for scheme in ("rtsp", "rtsps", "rtmp", "rtmps", "http", "https")
+    for login in ("", f"admin:{CANARY}@")
 ] + [f"srt://127.0.0.1:{{port}}?passphrase={CANARY}&streamid=x"]
 
 
