@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from engines.manifest import Branch, Head, HeadKind, Mode
 from engines.open import LoadedPack
 from engines.types import Array, Engine
-from stream.features import FrameEncoder
+from stream.features import MOST_ENCODED, FrameEncoder
 from stream.memory import SourceMemory
 from stream.samples import nearest, samples_of
 from stream.stepping import Stepper
@@ -90,8 +90,9 @@ class PackRunner:
 
     def warmup(self, max_batch: int) -> None:
         """Meet every lazy set-up of the backends before the first real window."""
-        for engine in self.pack.engines.values():
-            engine.warmup(sorted({1, max_batch}))
+        encoders = {branch.encoder for branch in self.pack.manifest.branches}
+        for name, engine in self.pack.engines.items():
+            engine.warmup(sorted({1, MOST_ENCODED if name in encoders else max_batch}))
 
     def close(self) -> None:
         """Free the engines."""
