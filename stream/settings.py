@@ -154,6 +154,12 @@ class SourceSettings(_Section):
         return self
 
     @model_validator(mode="after")
+    def _replayed_once(self) -> Self:
+        if self.scheme == "replay" and self.loop:
+            raise ValueError("loop: a recording is lived through once; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _may_be_recorded(self) -> Self:
         if self.record is None:
             return self
@@ -379,6 +385,9 @@ class Settings(BaseSettings):
             if source.id in seen:
                 raise ValueError(f"source id {source.id!r} is used twice")
             seen.add(source.id)
+        files = [source.record for source in self.sources if source.record is not None]
+        if twice := [str(path) for path in files if files.count(path) > 1]:
+            raise ValueError(f"record: two sources are recorded to {twice[0]}; give each a file of its own")
         return self
 
 

@@ -43,8 +43,10 @@ from stream.ingest.recording_files import RecordingFiles
 from stream.ingest.replay import replayed_source
 from stream.settings import load_settings
 from stream.types import EpochEnd, EpochStart
+from tests.e2e.command import free_port
 from tests.stream.camera import Camera, facts, recording
 from tests.stream.ingest.media import EVERY_FRAME, Clip, make_clip, run_source
+from tests.stream.test_sources import serving
 
 CLIP = Clip(seconds=4, size=(320, 240), gop=12)
 
@@ -254,11 +256,18 @@ def test_paths_that_cannot_be_recorded_to(tmp_path: Path, clock: ManualClock, pa
     ({"url": "synthetic://a"}, "a synthetic source is not recorded"),
     ({"url": "rtsp://cam/1", "privacy": [[[0, 0], [1, 0], [1, 1]]]}, "without the privacy masks"),
     ({"url": "rtsp://cam/1", "trusted": False}, "only the configuration"),
+    ({"url": "replay://out.mkv", "record": None, "loop": True}, "lived through once"),
     ({"url": "rtsp://cam/1", "record_max_mb": 1}, "greater than or equal to 8"),
 ])  # fmt: skip
 def test_sources_that_are_not_recorded(source: dict[str, object], cause: str) -> None:
     with pytest.raises(SettingsError, match=cause):
         load_settings(None, {"sources": [{"id": "cam", "record": "out.mkv", **source}]})
+
+
+def test_two_sources_are_not_recorded_to_one_file() -> None:
+    sources = [{"id": name, "url": "rtsp://cam/1", "record": "out.mkv"} for name in "ab"]
+    with pytest.raises(SettingsError, match=r"two sources are recorded to out\.mkv"):
+        load_settings(None, {"sources": sources})
 
 
 def test_a_replay_takes_over_what_decides_windows(tmp_path: Path, clock: ManualClock, clip: Path) -> None:
@@ -341,3 +350,14 @@ def test_part_names() -> None:
     assert [part_path(base, n).name for n in (1, 2, 10)] == ["cam.mkv", "cam.2.mkv", "cam.10.mkv"]
     assert numbered(Path("rec/cam.10.mkv")) == (base, 10) and numbered(base) == (base, 1)
     assert Fraction(*Track("video", (1, 90_000)).time_base) == Fraction(1, 90_000)
+
+
+async def test_clients_of_the_api_name_no_files_to_write(tiny_pack: Path, tmp_path: Path) -> None:
+    given = {"id": "cam", "url": f"rtsp://127.0.0.1:{free_port()}/cam"}
+    wanted = {"record": str(tmp_path / "evil.mkv")}
+    async with serving(tiny_pack, tmp_path, sources=[given]) as run:
+        told = [await run.client.patch("/v1/sources/cam", json=wanted)]
+        told.append(await run.client.post("/v1/sources", json={**given, "id": "b", **wanted}))
+        assert [answer.status_code for answer in told] == [422, 422]
+        assert all("only the configuration file may name a file" in answer.json()["detail"] for answer in told)
+        assert run.service.sources["cam"].settings.record is None
