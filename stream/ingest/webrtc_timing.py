@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from statistics import median_low
 
 from stream.clock import NS_PER_S
 
-REPORTS_KEPT = 5
-"""Sender reports whose median is taken: a sender that was busy stamps one late now and then."""
+REPORTS_NS = 20 * NS_PER_S
+"""Over how long the earliest of the sender's reports counts. Some senders (aiortc is one) stamp a report with the time
+at which a packet was sent, not at which it was captured: late by whatever kept them busy, never early."""
+REPORTS_LEAST = 4
+"""Reports that count however old they are."""
+CLOCK_SET_NS = NS_PER_S
+"""Reports further apart than this: the sender's clock has been set."""
 FASTEST_NS = 10 * NS_PER_S
 """Over how long the packet that came through fastest tells the offset of arrival; long enough to meet one that did not
 queue, short enough for clocks that drift."""
@@ -72,14 +76,15 @@ class TrackClock:
         self._rate = rate
         self._ticks = Unwrapped(32)
         self._fastest = _Fastest()
-        self._reported: deque[int] = deque(maxlen=REPORTS_KEPT)
+        self._reported: deque[tuple[int, int]] = deque()
+        """UTC and offset of each report."""
         self.arrival_offset_ns: int | None = None
         """Monotonic time of arrival minus the track's own time, for a packet that came through fast."""
 
     @property
     def wall_offset_ns(self) -> int | None:
         """Sender's UTC minus the track's own time; ``None`` before its first report."""
-        return median_low(self._reported) if self._reported else None
+        return min((offset_ns for _, offset_ns in self._reported), default=None)
 
     @property
     def newest_ns(self) -> int:
@@ -98,8 +103,15 @@ class TrackClock:
 
     def report(self, ntp: int, timestamp: int) -> None:
         """A sender report came: at that NTP time its clock stood at this timestamp. None counts before media."""
-        if self._ticks.newest is not None:
-            self._reported.append(ntp_to_unix_ns(ntp) - self.own_ns(timestamp))
+        if self._ticks.newest is None:
+            return
+        wall_ns = ntp_to_unix_ns(ntp)
+        offset_ns, reported = wall_ns - self.own_ns(timestamp), self._reported
+        if reported and abs(offset_ns - reported[-1][1]) > CLOCK_SET_NS:
+            reported.clear()
+        reported.append((wall_ns, offset_ns))
+        while len(reported) > REPORTS_LEAST and wall_ns - reported[0][0] > REPORTS_NS:
+            reported.popleft()
 
     def _own_ns(self, ticks: int) -> int:
         return ticks * NS_PER_S // self._rate

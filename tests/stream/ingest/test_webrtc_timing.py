@@ -93,6 +93,28 @@ def test_the_picture_is_not_moved_by_reports_and_a_single_odd_report_moves_nothi
     assert (clock.video_pts_ns(video.stamp(at_ns)), clock.audio_pts_ns(audio.stamp(at_ns))) == before
 
 
+@given(st.lists(st.integers(0, 300), min_size=30, max_size=30))
+def test_reports_stamped_late_are_outvoted_by_those_in_time(late_ms: list[int]) -> None:
+    video, audio = Sender(90_000, 0, 20), Sender(48_000, 0, 20)
+    clock = play(video, audio, seconds=2, report_at_s=None)
+    assert clock.video is not None and clock.audio is not None
+    for n, late in enumerate([0, 0, *late_ms]):
+        at_ns = 2 * NS_PER_S + n * 500 * MS
+        track, sender = (clock.video, video) if n % 2 else (clock.audio, audio)
+        track.report(ntp(UTC_S * NS_PER_S + at_ns + late * MS), sender.stamp(at_ns))
+    apart_ns = clock.audio_pts_ns(audio.stamp(at_ns)) - clock.video_pts_ns(video.stamp(at_ns))
+    assert abs(apart_ns) < MS // 10
+
+
+def test_a_clock_that_is_set_is_followed() -> None:
+    video, audio = Sender(90_000, 0, 20), Sender(48_000, 0, 20)
+    clock = play(video, audio, seconds=5, report_at_s=1)
+    assert clock.video is not None and clock.audio is not None
+    for track, sender in ((clock.video, video), (clock.audio, audio)):
+        track.report(ntp((UTC_S + 60) * NS_PER_S), sender.stamp(5 * NS_PER_S))
+    assert abs((clock.wall_offset_ns() or 0) - (UTC_S + 55) * NS_PER_S) < MS
+
+
 def test_what_is_said_now_belongs_to_what_is_captured_now() -> None:
     clock = MediaClock()
     assert clock.now_ns(5) is None
