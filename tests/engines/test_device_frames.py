@@ -65,6 +65,14 @@ def test_sliding_windows_upload_each_frame_once_and_the_oldest_makes_way(frames:
     assert frames.bytes_per_source == 4 * HEIGHT * WIDTH * 3
 
 
+def test_what_a_batch_needs_does_not_make_way_for_the_rest_of_it(frames: DeviceFrames) -> None:
+    old = [picture(n) for n in range(4)]
+    gathered(frames, [("cam", image) for image in old])
+    wanted: list[tuple[str, Picture | None]] = [("cam", image) for image in (old[0], picture(7), old[1], picture(8))]
+    np.testing.assert_array_equal(gathered(frames, wanted), expected(wanted))
+    assert (frames.counts.uploads, frames.counts.hits) == (6, 2)
+
+
 def test_more_pictures_than_slots_are_gathered_in_parts(frames: DeviceFrames) -> None:
     images = [picture(n) for n in range(11)]
     wanted: list[tuple[str, Picture | None]] = [(name, image) for image in images for name in ("one", "two")]
