@@ -32,6 +32,13 @@ def export(
         Path | None, typer.Option("--describe", help="YAML with what the model's own files do not say.")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the pack.")] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            "--mode",
+            help="clip, staged (backbone: frame) or stateful (backbone: stream) [default: staged or clip].",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Export again even if the pack is up to date.")] = False,
 ) -> None:
     """Export a trained model as a pack of ONNX graphs, with a parity report."""
@@ -41,7 +48,7 @@ def export(
     if ours(model):
         export_pack(err, model, to or home() / "packs" / model, force=force)
     else:
-        export_any(err, model, to, weights=weights, describe=describe, name=name, home=home())
+        export_any(err, model, to, weights=weights, describe=describe, name=name, mode=mode, home=home())
 
 
 @models_app.command("compile")

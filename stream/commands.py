@@ -15,7 +15,7 @@ from rich.table import Table
 
 from engines.cache import ENGINES_FOLDER, list_cache, prune_cache, user_cache
 from engines.errors import EngineError, ParityFailed
-from engines.manifest import MANIFEST_FILE, PARITY_FILE, PRECISIONS, Precision, file_sha256, read_manifest
+from engines.manifest import MANIFEST_FILE, PARITY_FILE, PRECISIONS, Mode, Precision, file_sha256, read_manifest
 from engines.open import find_pack
 from stream.errors import SettingsError
 
@@ -86,6 +86,7 @@ def export_any(
     weights: Path | None,
     describe: Path | None,
     name: str | None,
+    mode: str | None,
     home: Path,
 ) -> None:
     """Export any other model (see ``export.model``). Raises ``SettingsError`` or ``EngineError``."""
@@ -96,7 +97,9 @@ def export_any(
     from export.model import export_model
     from export.source import note_of, remember, source_of
 
-    options = ExportOptions(weights=weights, describe=describe, name=name)
+    if mode not in (None, *Mode):
+        raise SettingsError(f"no mode {mode!r}; choose one of {', '.join(Mode)}")
+    options = ExportOptions(weights=weights, describe=describe, name=name, mode=None if mode is None else Mode(mode))
     where = folder or home / "packs" / (name or pack_name(Path(model).stem))
     try:
         with console.status(f"exporting {model}") as status:

@@ -157,9 +157,13 @@ class StatefulGraph(WatchGraph):
         model takes it; then the states. Gives the answers after the newest sample, then the next states."""
         hears = "audio" in self.model.taken
         sound, states = (rest[:2], rest[2:]) if hears else ((), rest)
-        inputs = Inputs(audio=sound[0], audio_mask=sound[1]) if hears else Inputs()
         features, kept = self.backbone.step(frames, states)
-        seen = whole(features[:, -1:], frame_mask)
+        return (*self.after(features[:, -1:], frame_mask, *sound), *kept)
+
+    def after(self, newest: Tensor, frame_mask: Tensor, *sound: Tensor) -> tuple[Tensor, ...]:
+        """Answers, as ``answers``, from the backbone's vector after the newest sample, ``[B, 1, D]``."""
+        inputs = Inputs(audio=sound[0], audio_mask=sound[1]) if sound else Inputs()
+        seen = whole(newest, frame_mask)
         encoded: dict[ModalityName, Encoded] = {"video": Encoded(pool(seen), seen.tokens, seen.mask)}
         present: dict[ModalityName, Tensor] = {"video": seen.mask.any(dim=1)}
         for name in self.model.taken:
@@ -167,10 +171,10 @@ class StatefulGraph(WatchGraph):
             if given is not None:
                 encoded[name], present[name] = branch(*given), branch.present(*given)
             elif name != "video":
-                encoded[name] = branch.empty(len(frames), features)
+                encoded[name] = branch.empty(len(newest), newest)
                 present[name] = torch.zeros_like(present["video"])
         there = torch.stack([present[name] for name in self.model.taken], dim=1)
-        return (*self.judge(inputs, encoded, there), *kept)
+        return self.judge(inputs, encoded, there)
 
 
 class SceneGraph(nn.Module):

@@ -11,16 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.manifest import Mode
-from export.adapters.checkpoint import StatefulGraph, model_pack
+from export.adapters.checkpoint import StatefulGraph, model_pack, stream_backbone
 from export.adapters.common import ExportOptions
 from export.build import PackToWrite
-from models.backbones.base import pool, whole
 from models.backbones.stream import Stage, StreamBackbone
-from models.branches import Encoded
 from models.checkpoint import ModelCard
 from models.config import AudioConfig, FusionConfig, HeadConfig, ModelConfig, VideoConfig
 from models.network import FusionModel, build_model
-from models.types import Inputs
 from tests.models.networks.settled import settle
 
 SIZE = 32
@@ -76,21 +73,12 @@ class Whole:
         graph = StatefulGraph(model, HEADS, stream_backbone(model))
         with torch.inference_mode():
             tokens, _ = graph.backbone.step(torch.from_numpy(images)[None], graph.backbone.initial_states(1))
-            seen = whole(tokens[0][:, None], torch.ones(len(images), 1))
-            encoded = Encoded(pool(seen), seen.tokens, seen.mask)
-            there = torch.ones(len(images), 1, dtype=torch.bool)
-            answers = graph.judge(Inputs(), {"video": encoded}, there)
+            answers = graph.after(tokens[0][:, None], torch.ones(len(images), 1))
         self._answers: dict[str, Tensor] = dict(zip(graph.outputs, answers, strict=True))
 
     def after(self, samples: int) -> dict[str, NDArray[np.float32]]:
         """Outputs when this many samples have been seen."""
         return {name: value[samples - 1].numpy() for name, value in self._answers.items()}
-
-
-def stream_backbone(model: FusionModel) -> StreamBackbone:
-    backbone = model.branch("video").backbone
-    assert isinstance(backbone, StreamBackbone)
-    return backbone
 
 
 def clip_file(folder: Path) -> Path:
