@@ -15,6 +15,7 @@ MESSAGE_BYTES = 1456
 # Numbers from srt.h of version 1.5.
 RCVTIMEO, LATENCY, PASSPHRASE, CONNTIMEO, STREAMID = 14, 23, 26, 36, 46
 TIMED_OUT = 6003
+_CRITICAL = 2
 _BAD_SECRET, _UNSECURE = 10, 11
 _REJECTED = 1002
 
@@ -43,6 +44,8 @@ def library() -> ctypes.CDLL:
         except OSError:
             continue
         srt.srt_startup()
+        # It writes to stderr, past every filter of secrets; what matters comes back as an error.
+        srt.srt_setloglevel(_CRITICAL)
         return srt
     raise NoSrt
 

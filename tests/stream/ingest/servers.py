@@ -44,7 +44,8 @@ line = Gst.parse_launch(f'filesrc location="{file}" ! tsparse set-timestamps=tru
 loop = GLib.MainLoop()
 bus = line.get_bus()
 bus.add_signal_watch()
-bus.connect("message::eos", lambda *_: loop.quit())
+# What is still on its way is lost with the connection.
+bus.connect("message::eos", lambda *_: GLib.timeout_add(1500, loop.quit))
 bus.connect("message::error", lambda _, m: (print(m.parse_error(), file=sys.stderr), loop.quit()))
 line.set_state(Gst.State.PLAYING)
 loop.run()
