@@ -8,6 +8,7 @@ import contextlib
 import io
 import logging
 import select
+import shutil
 import socket
 import ssl
 import threading
@@ -33,10 +34,10 @@ from stream.ingest.open import open_source
 from stream.secrets import SecretFilter, remember_source
 from stream.settings import SourceSettings
 from stream.types import Frame
-from tests.e2e.conftest import StartRtspServer
+from tests.e2e.conftest import StartRtspServer, missing
 from tests.e2e.test_rtsp_ingest import Live
 from tests.stream.ingest.media import EVERY_FRAME, Clip, Run, make_clip
-from tests.stream.ingest.servers import HttpServer, content, redirect, status, stream
+from tests.stream.ingest.servers import HttpServer, content, free_port, redirect, rtmp_server, status, stream
 from tests.stream.test_sources import serving
 
 CANARY = "canary-s3cr3t-5f0e"
@@ -460,6 +461,20 @@ def test_https_likewise(watch: Callable[..., Live], inside: HttpServer, clip: Pa
         server.answers["/down"] = partial(redirect, to=inside.url("/cam"))
         forbidden(watch(f"https://127.0.0.1:{port}/down", LOOPBACK, verify_tls=False).join())
     server.close()
+
+
+def test_rtmps(watch: Callable[..., Live], certificate: Path, tmp_path: Path) -> None:
+    if shutil.which("ffmpeg") is None:
+        missing("there is no ffmpeg to serve RTMP")
+    clip, far = make_clip(tmp_path / "clip.flv", Clip(seconds=2)), free_port()
+    with rtmp_server(clip, f"rtmp://127.0.0.1:{far}/live/cam"), over_tls(far, certificate) as port:
+        deadline_s = time.monotonic() + 20
+        while True:
+            run = watch(f"rtmps://127.0.0.1:{port}/live/cam", LOOPBACK, verify_tls=False).join()
+            if run.items or time.monotonic() > deadline_s:
+                break
+            time.sleep(0.1)
+    assert len(run.of(Frame)) >= 40
 
 
 @pytest.fixture
