@@ -23,8 +23,8 @@ from export.clips import RawWindow, Recording, default_clips, open_recording, wi
 from export.steps import empty_past, hops_of, stretch_of
 
 _log = logging.getLogger(__name__)
-GraphBatches = tuple[str, list[Tensors], list[Mapping[str, Array]]]
-"""A graph's name, what the engine is given, and what the reference gave."""
+GraphBatches = tuple[str, list[Tensors], list[Mapping[str, Array]], list[dict[str, Array]] | None]
+"""A graph's name, what the engine is given, what the reference gave, and what the engine gave where it was run."""
 
 
 def run_parity(
@@ -89,20 +89,28 @@ class Case:
         return {**self.inputs, "features": features[None].astype(np.float32)}
 
 
-def _case(manifest: Manifest, branch: Branch, references: Mapping[str, Reference], window: RawWindow) -> Case:
+def _windows_apart(
+    manifest: Manifest, branch: Branch, references: Mapping[str, Reference], windows: Sequence[RawWindow]
+) -> Iterator[Case]:
     judge, graph = references[branch.graph], manifest.graph(branch.graph)
-    case = Case(window.tensors(), {}, {})
-    if branch.encoder is None:
-        return Case(case.inputs, {}, judge(_only(case.inputs, graph)))
-    features = references[branch.encoder](case.pictures)
-    return Case(case.inputs, features, judge(_only(case.with_features(features), graph)))
+    encoded: dict[int, Mapping[str, Array]] = {}
+    for window in windows:
+        case = Case(window.tensors(), {}, {})
+        if branch.encoder is None:
+            yield Case(case.inputs, {}, judge(_only(case.inputs, graph)))
+            continue
+        # A window with frames missing shares its pictures with the whole one.
+        if id(window.frames) not in encoded:
+            encoded[id(window.frames)] = references[branch.encoder](case.pictures)
+        features = encoded[id(window.frames)]
+        yield Case(case.inputs, features, judge(_only(case.with_features(features), graph)))
 
 
 def _cases(
     manifest: Manifest, branch: Branch, references: Mapping[str, Reference], windows: Sequence[RawWindow]
 ) -> Iterator[Case]:
     if branch.mode is not Mode.STATEFUL:
-        yield from (_case(manifest, branch, references, window) for window in windows)
+        yield from _windows_apart(manifest, branch, references, windows)
         return
     judge, graph = references[branch.graph], manifest.graph(branch.graph)
     for window in windows:
@@ -177,7 +185,7 @@ class Trial:
         """Every graph on engines that are loaded. Raises ``InferenceError``."""
         entries: dict[str, GraphParity] = {}
         for branch in self.manifest.branches:
-            for graph, inputs, expected in self._batches(branch, engines):
+            for graph, inputs, expected, given in self._batches(branch, engines):
                 if graph not in entries:
                     entries[graph] = measure(
                         engines[graph],
@@ -187,6 +195,7 @@ class Trial:
                         backend_version=version,
                         threads=threads,
                         batch_sizes=self.batch_sizes,
+                        given=given,
                     )
                     _report(entries[graph])
         return list(entries.values())
@@ -208,15 +217,19 @@ class Trial:
         cases, graph = self.cases[branch.name], self.manifest.graph(branch.graph)
         outputs = [case.outputs for case in cases]
         if branch.mode is Mode.STATEFUL:
-            yield branch.graph, _with_own_states(branch, cases, engines[branch.graph]), outputs
+            yield branch.graph, _with_own_states(branch, cases, engines[branch.graph]), outputs, None
             return
         if branch.encoder is None:
-            yield branch.graph, [_only(case.inputs, graph) for case in cases], outputs
+            yield branch.graph, [_only(case.inputs, graph) for case in cases], outputs, None
             return
-        yield branch.encoder, [case.pictures for case in cases], [case.features for case in cases]
         encoder = engines[branch.encoder]
-        own = [_only(case.with_features(encoder.infer(case.pictures)), graph) for case in cases]
-        yield branch.graph, own, outputs
+        # A window with frames missing shares its pictures with the whole one.
+        distinct = {id(case.features): case.pictures for case in cases}
+        encoded = {key: encoder.infer(pictures) for key, pictures in distinct.items()}
+        given = [encoded[id(case.features)] for case in cases]
+        yield branch.encoder, [case.pictures for case in cases], [case.features for case in cases], given
+        own = [_only(case.with_features(features), graph) for case, features in zip(cases, given, strict=True)]
+        yield branch.graph, own, outputs, None
 
 
 def _cut(recordings: Sequence[Recording], branch: Branch, per_clip: int) -> list[list[RawWindow]]:
