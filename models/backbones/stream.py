@@ -90,18 +90,19 @@ class CausalBlock(nn.Module):
     def forward(self, x: Tensor, average: Average, state: Tensor, past: Tensor | None) -> tuple[Tensor, States]:
         """Frames ``[B, t, C, H, W]`` to ``[B, t, C', H/stride, W/stride]``.
 
-        ``state`` ``[B, hidden]`` is the squeeze's, ``past`` ``[B, reach - 1, hidden, H/stride, W/stride]`` the last
-        frames' maps (``None`` when ``reach`` is 1); both come back renewed.
+        ``state`` ``[B, hidden]`` is the squeeze's, ``past`` ``[B, hidden, reach - 1, H W / stride²]`` the last frames'
+        maps (``None`` when ``reach`` is 1); both come back renewed.
         """
         steps = x.shape[1]
         y = F.hardswish(self.space(F.hardswish(self.expand(x.flatten(0, 1)))))
         y = _unfold(y, steps)
         kept: States = ()
         if past is not None:
-            joined = torch.cat([past, y], dim=1)
-            mixed = F.conv2d(joined.flatten(3).transpose(1, 2), self.time, groups=self.hidden).transpose(1, 2)
-            y = _unfold(F.hardswish(self.time_norm(mixed.reshape(-1, *y.shape[2:]))), steps)
-            kept = (joined[:, steps:],)
+            # Channels before time, as the convolution wants it: so only new frames are turned round, not the past.
+            joined = torch.cat([past, y.flatten(3).transpose(1, 2)], dim=2)
+            mixed = F.hardswish(self.time_norm(F.conv2d(joined, self.time, groups=self.hidden)))
+            y = mixed.transpose(1, 2).reshape(y.shape)
+            kept = (joined[:, :, steps:],)
         squeezed, state = average(y.mean(dim=(3, 4)), state)
         gate = torch.sigmoid(self.excite(F.hardswish(self.squeeze(squeezed))))
         y = _unfold(self.project((y * gate[:, :, :, None, None]).flatten(0, 1)), steps)
@@ -145,7 +146,7 @@ class StreamBackbone(Backbone):
             height, width = _halved(height, block.stride), _halved(width, block.stride)
             shapes.append((block.hidden,))
             if block.reach > 1:
-                shapes.append((block.reach - 1, block.hidden, height, width))
+                shapes.append((block.hidden, block.reach - 1, height * width))
         return shapes
 
     def state_names(self) -> list[str]:

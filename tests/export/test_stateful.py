@@ -59,7 +59,7 @@ def test_what_is_written(written: tuple[Path, Manifest, Path]) -> None:
     (graph,) = manifest.graphs
     inputs = {tensor.name: tensor.shape for tensor in graph.inputs}
     assert inputs["frames"] == ("batch", HOP, SIZE, SIZE, 3) and inputs["frame_mask"] == ("batch", HOP)
-    assert inputs["past_2"] == ("batch", 4, 32, 4, 4)
+    assert inputs["past_2"] == ("batch", 32, 4, 16)
     names = ["weight", "average", "average_0", "average_1", "past_1", "average_2", "past_2"]
     assert [(state.input, state.output) for state in branch.states] == [(name, f"next_{name}") for name in names]
     assert [head.output for head in branch.heads] == ["act", "place"]
