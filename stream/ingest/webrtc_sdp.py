@@ -16,8 +16,8 @@ from aiortc.sdp import MediaDescription, SessionDescription, candidate_from_sdp
 CANDIDATES_LIMIT = 64
 """Candidates of one session: more would make this service send to many addresses on a publisher's behalf."""
 _SENDS = ("sendonly", "sendrecv")
-# What aiortc's reader raises for text that is not what it expects.
-_UNREADABLE = (ValueError, LookupError, AssertionError, AttributeError, TypeError, StopIteration)
+UNREADABLE = (ValueError, LookupError, AssertionError, AttributeError, TypeError, StopIteration)
+"""What aiortc raises for text that is not what it expects."""
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class UnusableOffer(Exception):
 def _read(text: str, reader: Callable[[str], T]) -> T:
     try:
         return reader(text)
-    except _UNREADABLE:
+    except UNREADABLE:
         raise BadOffer("the SDP cannot be read; send what createOffer gives, unchanged") from None
 
 
@@ -58,7 +58,7 @@ def check_offer(text: str) -> Offered:
     for kind in ("video", "audio", "application"):
         if sum(section.kind == kind for section in media) > 1:
             raise UnusableOffer(f"more than one {kind} section; offer one camera and one microphone at most")
-    if len(media) > 1 and not _bundled(description):
+    if not _bundled(description):
         raise UnusableOffer("the sections are not bundled; use the bundle policy max-bundle")
     sent = {section.kind for section in media if section.direction in _SENDS and section.port != 0}
     if not sent & {"video", "audio"}:
@@ -88,8 +88,12 @@ def _check_section(section: MediaDescription) -> None:
 
 
 def _bundled(description: SessionDescription) -> bool:
-    wanted = {section.rtp.muxId for section in description.media}
-    return any(group.semantic == "BUNDLE" and wanted <= set(group.items) for group in description.group)
+    """Whether all sections share one transport, or there is only one."""
+    names = [section.rtp.muxId for section in description.media]
+    bundles = [group.items for group in description.group if group.semantic == "BUNDLE"]
+    if len(names) == 1:
+        return bundles in ([], [names])
+    return len(bundles) == 1 and sorted(bundles[0]) == sorted(set(names)) and len(set(names)) == len(names)
 
 
 def without_names(offer: str) -> str:

@@ -24,7 +24,16 @@ from stream.ingest.errors import Failure
 from stream.ingest.webrtc_frames import AudioFrames, MediaPacket, VideoFrames
 from stream.ingest.webrtc_inbox import Announced, Inbox, TimedFrame, TimedText, gone
 from stream.ingest.webrtc_private import clock_rate, divert, listen_only_on, payload_codecs
-from stream.ingest.webrtc_sdp import CANDIDATES_LIMIT, UnusableOffer, check_offer, read_fragment, without_names
+from stream.ingest.webrtc_sdp import (
+    CANDIDATES_LIMIT,
+    UNREADABLE,
+    BadOffer,
+    Offered,
+    UnusableOffer,
+    check_offer,
+    read_fragment,
+    without_names,
+)
 from stream.ingest.webrtc_text import TEXT_CHANNEL, TextGate
 from stream.ingest.webrtc_timing import MediaClock
 from stream.settings import WebRtcSettings
@@ -104,19 +113,22 @@ class Session:
         self._etag = hashlib.sha256("\0".join(offered.ice).encode()).hexdigest()[:16]
         self.inbox = Inbox(Announced(offered.video, offered.audio), self._hop, self._text_hop, self._released)
         try:
-            await self._connection.setRemoteDescription(RTCSessionDescription(without_names(offer), "offer"))
+            await self._negotiate(offer, offered)
         except OperationError:
             raise UnusableOffer("no codec in common; offer H.264 (baseline) or VP8, and Opus") from None
-        except (ValueError, InvalidStateError, InvalidAccessError) as error:
-            raise UnusableOffer(f"the offer cannot be taken: {error}") from None
+        except (*UNREADABLE, InvalidStateError, InvalidAccessError):
+            raise BadOffer("the SDP contradicts itself; send what createOffer gives, unchanged") from None
+        self._deadline = self._loop.call_later(self._settings.connect_timeout_s, self._not_connected)
+        return str(self._connection.localDescription.sdp)
+
+    async def _negotiate(self, offer: str, offered: Offered) -> None:
+        await self._connection.setRemoteDescription(RTCSessionDescription(without_names(offer), "offer"))
         for transceiver in self._connection.getTransceivers():
             if (transceiver.kind == "video" and offered.video) or (transceiver.kind == "audio" and offered.audio):
                 self._receive(transceiver)
         if self._addresses is not None:
             listen_only_on(self._connection, self._addresses)
         await self._connection.setLocalDescription(await self._connection.createAnswer())
-        self._deadline = self._loop.call_later(self._settings.connect_timeout_s, self._not_connected)
-        return str(self._connection.localDescription.sdp)
 
     async def trickle(self, body: str) -> None:
         """Take more candidates. Raises ``BadOffer``, ``UnusableOffer`` or ``IceRestart``."""
