@@ -185,6 +185,20 @@ def test_a_graph_that_the_backend_refuses(pack: Path, frames: Any) -> None:
         searched(pack, written, frames, "onnxruntime", "fp32")
 
 
+def test_where_rounding_itself_is_too_much_the_first_to_round_is_named(pack: Path, frames: Any) -> None:
+    manifest = read_manifest(pack)
+    write_manifest(pack, manifest.model_copy(update={"parity_bounds": {"int8": 1e-4}}))
+    found = searched(pack, onnx.load(pack / "small.onnx"), frames, "onnxruntime", "int8")
+    assert found is not None
+    assert (found.op_type, found.sudden) == ("DequantizeLinear", True)
+    assert found.before < 1e-4
+
+
+def test_an_error_that_grows_bit_by_bit_is_told_as_that() -> None:
+    gradual = Departure("a", "Conv", "b", 0.3, 0.2, sudden=False)
+    assert str(gradual).startswith("the error grows from node to node and is too large at a (Conv)")
+
+
 def test_shapes_and_weights_are_not_compared(pack: Path) -> None:
     model = onnx.load(pack / "small.onnx")
     pairs = comparable(model, model)
