@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
+import binascii
 import errno
-import io
 import os
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Final, get_args
+from typing import get_args
 
 import av
 import av.error
 import numpy as np
-from av.audio.codeccontext import AudioCodecContext
-from av.audio.stream import AudioStream
-from av.bitstream import BitStreamFilterContext
-from av.codec.context import CodecContext
 from av.container import InputContainer, OutputContainer
 from av.packet import Packet, PacketSideData, PktSideDataT
 from av.stream import Disposition, Stream
-from numpy.typing import NDArray
 
-from stream.errors import SightwireError
-from stream.ingest.decode import MediaStream, frame_interval_ns
+from stream.ingest.bitstream import adts_header, start_codes, with_start_codes
+from stream.ingest.decode import MediaStream
 from stream.ingest.recording import (
     NO_RECORDING,
     TAG,
+    ClockSet,
     Connected,
+    Ended,
+    Flushed,
     NotARecording,
     Note,
     PlayTime,
+    Said,
     Stamp,
     Title,
     Track,
+    Unfit,
     note_from_text,
     note_to_text,
 )
+from stream.ingest.template import Template, add_stream, padded_packet
 
 SIDE_NAMES: tuple[str, ...] = get_args(PktSideDataT)
 _KEPT_SIDE: tuple[PktSideDataT, ...] = ("new_extradata", "param_change", "skip_samples", "palette")
@@ -56,15 +58,6 @@ _READ = {
     "fflags": "nofillin+noparse",
     "analyzeduration": "0",
 }
-_EXPANDED = ("pcm_mulaw", "pcm_alaw")
-"""Codecs of telephony, which PyAV does not put into Matroska: kept as the 16-bit samples that they stand for."""
-_PCM: Final = "pcm_s16le"
-_PARAMETER_SETS = ("h264", "hevc")
-"""Codecs that Matroska wants to know the parameter sets of beforehand."""
-
-
-class CannotRecord(SightwireError):
-    """What the source sends cannot be put into Matroska."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +68,8 @@ class Media:
     track: int
     """Which of the connection's tracks."""
     data: bytes
+    as_text: bool = False
+    """Whether it was kept as it came, beside the media."""
 
 
 def media_of(packet: Packet[Stream], track: int, number: int, arrival_ns: int, report_ns: int | None) -> Media:
@@ -89,79 +84,9 @@ def media_of(packet: Packet[Stream], track: int, number: int, arrival_ns: int, r
         report_ns,
         packet.is_corrupt,
         packet.is_keyframe,
-        side,
+        side=side,
     )
     return Media(stamp, track, bytes(packet))
-
-
-class Template:
-    """The codec parameters of a connection's streams, kept when the connection is gone.
-
-    Raises ``CannotRecord`` for a codec that Matroska does not hold.
-    """
-
-    def __init__(self, streams: tuple[MediaStream, ...], timed: bool, uncertainty_ms: float) -> None:
-        self.timed = timed
-        self.uncertainty_ms = uncertainty_ms
-        self._container = av.open(io.BytesIO(), "w", format="matroska")
-        try:
-            self.streams = tuple(_add_stream(self._container, stream) for stream in streams)
-        except ValueError:
-            names = ", ".join(stream.codec_context.name for stream in streams)
-            raise CannotRecord(f"Matroska does not hold one of its codecs ({names})") from None
-        self.tracks = tuple(_track(stream) for stream in streams)
-        self.expansions = {
-            index: _sample_table(stream.codec_context.name)
-            for index, stream in enumerate(streams)
-            if stream.codec_context.name in _EXPANDED
-        }
-        """int16 ``[256]`` by track: the sample that each byte stands for."""
-        self.key = (timed, *(_parameters(stream) for stream in streams))
-        """What a file's header says of them: connections that agree in it may share a file."""
-
-    def lacks_parameter_sets(self) -> frozenset[int]:
-        """Tracks whose first key frame must be seen before the header can be written."""
-        return frozenset(
-            index
-            for index, stream in enumerate(self.streams)
-            if stream.codec_context.name in _PARAMETER_SETS and not stream.codec_context.extradata
-        )
-
-    def parameter_sets(self, media: Media) -> bytes | None:
-        """Those inside a packet; ``None`` when there are none."""
-        bsf = BitStreamFilterContext("extract_extradata", in_stream=self.streams[media.track])
-        for filtered in bsf.filter(Packet(media.data)):
-            if filtered.has_sidedata("new_extradata"):
-                return bytes(filtered.get_sidedata("new_extradata"))
-        return None
-
-
-def _add_stream(container: OutputContainer, stream: MediaStream) -> MediaStream:
-    """A stream for the same packets. Raises ``ValueError`` for a codec that the container does not hold."""
-    if isinstance(stream, AudioStream) and stream.codec_context.name in (*_EXPANDED, _PCM):
-        return container.add_stream(_PCM, rate=stream.sample_rate, layout=stream.layout.name)
-    return container.add_stream_from_template(stream, opaque=True)
-
-
-def _sample_table(codec: str) -> NDArray[np.int16]:
-    decoder = CodecContext.create(codec, "r")
-    assert isinstance(decoder, AudioCodecContext)
-    decoder.sample_rate, decoder.layout = 8000, "mono"
-    (frame,) = decoder.decode(Packet(bytes(range(256))))
-    return np.ascontiguousarray(frame.to_ndarray()[0])
-
-
-def _track(stream: MediaStream) -> Track:
-    base = stream.time_base or Fraction(1)
-    interval_ns = frame_interval_ns(stream) if isinstance(stream, av.VideoStream) else 0
-    return Track(stream.type, (base.numerator, base.denominator), interval_ns)
-
-
-def _parameters(stream: MediaStream) -> tuple[object, ...]:
-    codec = stream.codec_context
-    if isinstance(stream, av.VideoStream):
-        return (codec.name, codec.extradata, stream.width, stream.height)
-    return (codec.name, codec.extradata, stream.sample_rate, stream.channels)
 
 
 class PartWriter:
@@ -177,7 +102,7 @@ class PartWriter:
         self._container.metadata[TAG] = title.to_text()
         self._tracks = []
         for index, stream in enumerate(template.streams):
-            track = _add_stream(self._container, stream)
+            track = add_stream(self._container, stream)
             if index in extradata:
                 track.codec_context.extradata = extradata[index]
             self._tracks.append(track)
@@ -186,6 +111,8 @@ class PartWriter:
         self._time = PlayTime()
         self._timed = template.timed
         self._expansions = template.expansions
+        self._adts = template.adts
+        self._annexb = {index for index, track in enumerate(template.tracks) if track.parameter_sets is not None}
         self._bases = [Fraction(*track.time_base) for track in template.tracks]
 
     @property
@@ -196,7 +123,16 @@ class PartWriter:
     def write(self, media: Media) -> None:
         """Append a packet."""
         stamp, base = media.stamp, self._bases[media.track]
-        packet = Packet(self._expand(media))
+        data, head = self._expand(media), b""
+        if media.track in self._adts:
+            head = adts_header(data)
+        elif media.track in self._annexb:
+            head = start_codes(data) or b""
+        if len(head) == len(data) or (media.track in self._annexb and not head):
+            # Nothing would be left of it, or not the same.
+            self._write_as_text(media, data)
+            return
+        packet = padded_packet(data)
         packet.stream = self._tracks[media.track]
         packet.time_base = Fraction(1, 1000)
         times = _ns(stamp.pts, base), _ns(stamp.dts, base)
@@ -204,8 +140,17 @@ class PartWriter:
         packet.duration = int(stamp.duration * base * 1000)
         packet.is_keyframe = stamp.key
         # Matroska's BlockAddID, then what it holds.
-        _set_side(packet, _BLOCK_ADDITIONAL, (1).to_bytes(8, "big") + stamp.pack(SIDE_NAMES))
-        self._container.mux(packet)
+        packed = replace(stamp, head=head).pack(SIDE_NAMES)
+        _set_side(packet, _BLOCK_ADDITIONAL, (1).to_bytes(8, "big") + packed)
+        try:
+            self._container.mux(packet)
+        except (av.error.InvalidDataError, av.error.ArgumentError):
+            # The muxer looks into some packets; a decoder may still make something of this one.
+            self._write_as_text(media, data)
+
+    def _write_as_text(self, media: Media, data: bytes) -> None:
+        packed = media.stamp.pack(SIDE_NAMES)
+        self.note(Unfit(media.stamp.number, media.track, b64encode(packed).decode(), b64encode(data).decode()))
 
     def _expand(self, media: Media) -> bytes:
         table = self._expansions.get(media.track)
@@ -217,7 +162,7 @@ class PartWriter:
         """Append a note."""
         if isinstance(note, Connected):
             self._time.restart()
-        packet = Packet(note_to_text(note).encode())
+        packet = padded_packet(note_to_text(note).encode())
         packet.stream = self._notes
         packet.time_base = Fraction(1, 1000)
         packet.pts = packet.dts = self._time.newest_ms
@@ -246,12 +191,16 @@ def _set_side(packet: Packet[Stream], name: str, data: bytes) -> None:
     packet.set_sidedata(side, move=True)
 
 
+Happened = Media | Connected | ClockSet | Flushed | Said | Ended
+"""What a reader is told; a packet that was kept as text is a packet again."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Entry:
     """One thing that happened, as a part tells of it."""
 
     number: int
-    what: Media | Note
+    what: Happened
     path: Path
     """The part it is in."""
 
@@ -294,10 +243,20 @@ def read_part(path: Path) -> Iterator[Entry]:
 def _entry(packet: Packet[Stream], path: Path) -> Entry:
     if packet.stream.type == "subtitle":
         note = note_from_text(bytes(packet).decode(errors="replace"))
+        if isinstance(note, Unfit):
+            return Entry(note.number, _unfit(note), path)
         return Entry(note.number, note, path)
     addition = bytes(packet.get_sidedata(_BLOCK_ADDITIONAL)) if packet.has_sidedata(_BLOCK_ADDITIONAL) else b""
     stamp = Stamp.unpack(addition[8:], SIDE_NAMES)
     return Entry(stamp.number, Media(stamp, packet.stream_index, bytes(packet)), path)
+
+
+def _unfit(note: Unfit) -> Media:
+    try:
+        packed, data = b64decode(note.stamp), b64decode(note.data)
+    except binascii.Error:
+        raise NotARecording("a note that cannot be read") from None
+    return Media(Stamp.unpack(packed, SIDE_NAMES), note.track, data, as_text=True)
 
 
 def in_order(entries: Iterator[Entry], first: int = 0, patience: int = 4096) -> Iterator[Entry]:
@@ -315,11 +274,22 @@ def in_order(entries: Iterator[Entry], first: int = 0, patience: int = 4096) -> 
             return
 
 
-def as_arrived(media: Media, stream: MediaStream, base: Fraction) -> Packet[Stream]:
-    """The packet with its own times, to be decoded as one of ``stream``."""
-    packet: Packet[Stream] = Packet(media.data)
+def decodes_as_it_came(stream: MediaStream, track: Track) -> None:
+    """Have the stream's decoder take packets as the source sent them."""
+    stream.time_base = Fraction(*track.time_base)
+    if track.parameter_sets is not None:
+        stream.codec_context.extradata = b64decode(track.parameter_sets) or None
+
+
+def as_arrived(media: Media, stream: MediaStream, track: Track) -> Packet[Stream]:
+    """The packet as it was, with its own times, to be decoded as one of ``stream``."""
+    if track.parameter_sets is None or media.as_text:
+        data = media.stamp.head + media.data
+    else:
+        data = with_start_codes(media.data, media.stamp.head)
+    packet = padded_packet(data)
     packet.stream = stream
-    packet.time_base = base
+    packet.time_base = Fraction(*track.time_base)
     packet.pts, packet.dts, packet.duration = media.stamp.pts, media.stamp.dts, media.stamp.duration
     packet.is_keyframe, packet.is_corrupt = media.stamp.key, media.stamp.corrupt
     for name, data in media.stamp.side:

@@ -23,9 +23,10 @@ from stream.clock import NS_PER_MS, NS_PER_S, Clock
 from stream.errors import SettingsError
 from stream.ingest.captions import read_captions
 from stream.ingest.decode import MediaStream
-from stream.ingest.matroska import CannotRecord, Media, Template, media_of
+from stream.ingest.matroska import Media, media_of
 from stream.ingest.recording import ClockSet, Connected, Ended, Flushed, Note, Said, numbered
 from stream.ingest.recording_files import RecordingFiles
+from stream.ingest.template import CannotRecord, Template
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ MAX_LAG_NS = 2 * NS_PER_S
 """Nor one back by more than this, which is more than one track lies behind the other."""
 
 _NONE = -(1 << 63)
-_STAMP = struct.Struct(">BQqqqqqB")
+_STAMP = struct.Struct(">BQqqqqqBB")
 _SIDE = struct.Struct(">BI")
 _CORRUPT, _KEY = 1, 2
 
@@ -59,6 +58,8 @@ class Stamp:
     """Whether FFmpeg marked it as damaged."""
     key: bool = False
     """Whether it is a key frame."""
+    head: bytes = b""
+    """What the muxer takes off: an ADTS header, or the length of each start code (see ``bitstream``)."""
     side: tuple[tuple[str, bytes], ...] = ()
     """Side data by PyAV's names, as far as decoders look at it."""
 
@@ -66,15 +67,22 @@ class Stamp:
         """As bytes. ``side_names`` are PyAV's names of side data, in order."""
         times = [_NONE if value is None else value for value in (self.pts, self.dts, self.report_ns)]
         flags = self.corrupt * _CORRUPT | self.key * _KEY
-        head = _STAMP.pack(FORMAT, self.number, self.arrival_ns, times[0], times[1], self.duration, times[2], flags)
-        return head + b"".join(_SIDE.pack(side_names.index(name), len(data)) + data for name, data in self.side)
+        fields = (self.number, self.arrival_ns, times[0], times[1], self.duration, times[2], flags, len(self.head))
+        return (
+            _STAMP.pack(FORMAT, *fields)
+            + self.head
+            + b"".join(_SIDE.pack(side_names.index(name), len(data)) + data for name, data in self.side)
+        )
 
     @classmethod
     def unpack(cls, data: bytes, side_names: tuple[str, ...]) -> Stamp:
         """From bytes. Raises ``NotARecording``."""
         if len(data) < _STAMP.size or data[0] != FORMAT:
             raise NotARecording("a packet without a stamp")
-        _, number, arrival_ns, pts, dts, duration, report_ns, flags = _STAMP.unpack_from(data)
+        _, number, arrival_ns, pts, dts, duration, report_ns, flags, length = _STAMP.unpack_from(data)
+        rest = _STAMP.size + length
+        if len(data) < rest:
+            raise NotARecording("a stamp that is cut off")
         return cls(
             number,
             arrival_ns,
@@ -84,7 +92,8 @@ class Stamp:
             _or_none(report_ns),
             bool(flags & _CORRUPT),
             bool(flags & _KEY),
-            tuple(_side(data[_STAMP.size :], side_names)),
+            data[_STAMP.size : rest],
+            tuple(_side(data[rest:], side_names)),
         )
 
 
@@ -115,6 +124,8 @@ class Track:
     """Unit of its packets' times, in seconds, as a fraction."""
     frame_interval_ns: int = 0
     """Nominal interval between frames; 0 when not announced."""
+    parameter_sets: str | None = None
+    """In base64, those announced for packets that are cut at start codes; Matroska keeps these behind lengths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +175,18 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
+class Unfit:
+    """A packet too damaged for Matroska, kept as text."""
+
+    number: int
+    track: int
+    stamp: str
+    """Packed, in base64."""
+    data: str
+    """In base64."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """The connection ended."""
 
@@ -173,12 +196,13 @@ class Ended:
     """``EpochEnd.reason``."""
 
 
-Note = Connected | ClockSet | Flushed | Said | Ended
+Note = Connected | ClockSet | Flushed | Said | Unfit | Ended
 _KINDS: dict[str, type[Note]] = {
     "connected": Connected,
     "clock": ClockSet,
     "flushed": Flushed,
     "said": Said,
+    "unfit": Unfit,
     "ended": Ended,
 }
 _NAMES = {kind: name for name, kind in _KINDS.items()}
@@ -295,8 +319,3 @@ class PlayTime:
     def newest_ms(self) -> int:
         """The latest presentation time given."""
         return self._newest_ns // NS_PER_MS
-
-
-def time_base(track: Track) -> Fraction:
-    """Unit of a track's times in seconds."""
-    return Fraction(*track.time_base)

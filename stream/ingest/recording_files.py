@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from stream.clock import NS_PER_S
-from stream.ingest.matroska import Media, PartWriter, Template
+from stream.ingest.matroska import Media, PartWriter
 from stream.ingest.recording import Connected, Note, Title, existing_parts, part_path
+from stream.ingest.template import Template
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class RecordingFiles:
             self._held_since_ns = self._held_since_ns or at_ns
             if what.track in self._unknown and what.stamp.key:
                 self._unknown.discard(what.track)
-                found = self._template.parameter_sets(what)
+                found = self._template.parameter_sets(what.track, what.data)
                 if found is not None:
                     self._extradata[what.track] = found
             if at_ns - self._held_since_ns > _WAIT_FOR_KEY_NS:

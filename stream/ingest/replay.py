@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,17 @@ from stream.ingest.assemble import Assembler
 from stream.ingest.capture import LiveCapture
 from stream.ingest.decode import Decoder, FrameRenderer, MediaStream, Selected, nothing_decoded
 from stream.ingest.errors import Failure, failure, map_av_error
-from stream.ingest.matroska import Entry, Media, as_arrived, in_order, open_part, read_part, read_title
+from stream.ingest.matroska import (
+    Entry,
+    Happened,
+    Media,
+    as_arrived,
+    decodes_as_it_came,
+    in_order,
+    open_part,
+    read_part,
+    read_title,
+)
 from stream.ingest.recorder import ArrivalClock
 from stream.ingest.recording import (
     REPLAYED_SETTINGS,
@@ -38,12 +47,11 @@ from stream.ingest.recording import (
     Ended,
     Flushed,
     NotARecording,
-    Note,
     Said,
     Title,
+    Track,
     numbered,
     part_path,
-    time_base,
 )
 from stream.ingest.stats import DecodeStats
 from stream.settings import Pace, SourceSettings
@@ -186,7 +194,7 @@ class ReplaySource:
             inputs=self._inputs if self._settings.skip_frames else None,
             decode=self._settings.decode,
         )
-        return _Connection(chosen, assembler, decoder, emitter, times)
+        return _Connection(chosen, connected.tracks, assembler, decoder, emitter, times)
 
     def _select(self, container: InputContainer, connected: Connected) -> tuple[Selected, dict[int, MediaStream]]:
         """The streams to decode, in the recorded units, and by track."""
@@ -197,7 +205,7 @@ class ReplaySource:
         wanted = {"video": bool(self._inputs), "audio": self._audio_rate is not None}
         chosen: dict[int, MediaStream] = {}
         for track, stream in zip(connected.tracks, streams, strict=True):
-            stream.time_base = time_base(track)
+            decodes_as_it_came(stream, track)
             if wanted[track.kind] and stream.codec_context is not None:
                 chosen[stream.index] = stream
         if not chosen:
@@ -225,7 +233,7 @@ class _Times:
         """Arrival of the newest packet."""
         return self.clock.now_ns
 
-    def go_on_to(self, what: Media | Note) -> None:
+    def go_on_to(self, what: Happened) -> None:
         """Go on to the next thing that happened, waiting for it where the pace is real time."""
         if isinstance(what, Connected) and self._shift_ns is None:
             now_ns = self._source_clock.monotonic_ns()
@@ -281,13 +289,14 @@ class _Connection:
     def __init__(
         self,
         streams: dict[int, MediaStream],
+        tracks: tuple[Track, ...],
         assembler: Assembler[VideoFrame],
         decoder: Decoder,
         emitter: _Emitter,
         times: _Times,
     ) -> None:
         self._streams = streams
-        self._bases = {track: stream.time_base or Fraction(1) for track, stream in streams.items()}
+        self._tracks = tracks
         self._assembler = assembler
         self._decoder = decoder
         self._emitter = emitter
@@ -308,7 +317,7 @@ class _Connection:
             packet: Packet[Stream] = Packet()
             packet.stream = stream
         else:
-            packet = as_arrived(what, stream, self._bases[what.track])
+            packet = as_arrived(what, stream, self._tracks[what.track])
             if what.stamp.report_ns is not None:
                 self._assembler.sender_report(what.stamp.report_ns)
         self._decoder.feed(packet, now_ns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from fractions import Fraction
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def clock() -> ManualClock:
     Clip(seconds=3, video=None, audio="pcm_alaw", sample_rate=8000, beep_s=1),
     Clip(seconds=3, video="libx265", audio="libmp3lame", sample_rate=44_100),
     Clip(seconds=3, video="libvpx", audio="libopus"),
+    Clip(seconds=3, video="mpeg2video", audio="mp2"),
     Clip(seconds=3, audio=None),
     Clip(seconds=3, video=None),
     Clip(seconds=2, fps=Fraction(30000, 1001), first_s=3600.0),
@@ -105,6 +107,35 @@ def test_parameter_sets_that_come_in_the_stream_only(tmp_path: Path, clock: Manu
         camera.play(clip)
     with av.open(str(tmp_path / "out.mkv")) as container:
         assert container.streams.video[0].codec_context.extradata
+    assert facts(replay(tmp_path / "out.mkv")) == facts(camera.items)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("container", "made"), [
+    ("ts", Clip(seconds=3, b_frames=2)),
+    ("ts", Clip(seconds=3, video="libx265", audio="mp2")),
+    ("mkv", Clip(seconds=3, b_frames=2)),
+    ("mkv", Clip(seconds=3, video="libvpx", audio="libopus")),
+], ids=lambda value: value if isinstance(value, str) else f"{value.video}-{value.audio}")  # fmt: skip
+def test_damaged_packets_are_as_damaged_in_the_replay(
+    tmp_path: Path, clock: ManualClock, container: str, made: Clip, seed: int
+) -> None:
+    """A network that loses datagrams: the decoder must meet the same bytes, whatever the container makes of them."""
+    clip = make_clip(tmp_path / f"clip.{container}", made)
+    rng = random.Random(seed)
+    with recording(tmp_path / "out.mkv", clock) as recorder:
+        received = recorder.received
+
+        def damaged(packet: av.Packet, arrival_ns: int, report_ns: int | None) -> None:
+            if packet.size and rng.random() < 0.15:
+                inside = memoryview(packet)
+                for _ in range(3):
+                    inside[rng.randrange(min(len(inside), 400))] = rng.randrange(256)
+            received(packet, arrival_ns, report_ns)
+
+        recorder.received = damaged  # type: ignore[method-assign]
+        camera = Camera(recorder, clock, EVERY_FRAME)
+        camera.play(clip)
     assert facts(replay(tmp_path / "out.mkv")) == facts(camera.items)
 
 

@@ -33,6 +33,7 @@ from stream.ingest.recording import (
     Stamp,
     Title,
     Track,
+    Unfit,
     existing_parts,
     note_from_text,
     note_to_text,
@@ -291,6 +292,7 @@ stamps = st.builds(
     report_ns=st.none() | times,
     corrupt=st.booleans(),
     key=st.booleans(),
+    head=st.binary(max_size=9),
     side=side.map(tuple),
 )
 numbers = st.integers(0, 1 << 62)
@@ -299,6 +301,7 @@ notes = st.one_of(
     st.builds(Connected, numbers, times, times, st.lists(tracks, max_size=3).map(tuple)),
     st.builds(ClockSet, numbers, times),
     st.builds(Flushed, numbers, times, st.integers(0, 9)),
+    st.builds(Unfit, numbers, st.integers(0, 9), st.text(max_size=9), st.text(max_size=9)),
     st.builds(Said, numbers, times, times, times, st.text(max_size=20)),
     st.builds(Ended, numbers, times, st.text(max_size=20)),
 )
