@@ -15,7 +15,9 @@ from typing import Any
 import aioice
 import pytest
 from aiortc import RTCCertificate, RTCDtlsTransport, RTCIceGatherer, RTCIceTransport, RTCRtpReceiver
+from pydantic import ValidationError
 
+from engines.manifest import VideoInput
 from stream.accounting import Ledger
 from stream.clock import SystemClock
 from stream.errors import SourceError
@@ -23,7 +25,7 @@ from stream.ingest.open import open_source
 from stream.ingest.webrtc_hub import Publications
 from stream.ingest.webrtc_private import JITTER_BUFFER, RTCP_HANDLER
 from stream.ingest.webrtc_session import Session
-from stream.settings import SourceSettings, WebRtcSettings
+from stream.settings import SourceSettings, WebRtcSettings, setting_error
 from stream.types import AudioChunk, ClockOrigin, ClockUpdate, EpochEnd, EpochStart, Frame, MediaItem, TextItem
 from tests.stream.ingest.media import (
     EVERY_FRAME,
@@ -45,6 +47,7 @@ MS = 1_000_000
 class Receiver:
     """A source that waits for its publisher on a thread of its own."""
 
+    inputs: tuple[VideoInput, ...] = EVERY_FRAME
     ledger: Ledger = field(default_factory=lambda: Ledger(checked=True))
     publications: Publications = field(default_factory=Publications)
     items: list[MediaItem] = field(default_factory=list)
@@ -57,7 +60,7 @@ class Receiver:
     def __post_init__(self) -> None:
         self.hold.set()
         settings = SourceSettings.model_validate({"id": "cam", "url": "webrtc:", "stall_timeout_s": 3})
-        self.source = open_source(settings, EVERY_FRAME, 16_000, SystemClock(), publications=self.publications)
+        self.source = open_source(settings, self.inputs, 16_000, SystemClock(), publications=self.publications)
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
 
@@ -192,3 +195,42 @@ async def test_what_is_private_in_aiortc_is_still_there() -> None:
     given = inspect.signature(aioice.Connection.get_component_candidates).parameters
     assert {"component", "addresses"} <= set(given)
     assert importlib.metadata.version("aiortc").startswith("1.16.")
+
+
+def test_without_http_or_aiortc_it_is_said_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SourceSettings.model_validate({"id": "cam", "url": "webrtc://"})
+    with pytest.raises(SourceError, match="use sightwire run") as refused:
+        open_source(settings, EVERY_FRAME, None, SystemClock())
+    assert not refused.value.retryable
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SourceError, match=r"sightwire\[webrtc\]") as refused:
+        open_source(settings, EVERY_FRAME, None, SystemClock(), publications=Publications())
+    assert not refused.value.retryable
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"url": "webrtc://somewhere/cam"}, "takes no address"),
+        ({"url": "webrtc://", "record": "out.mkv"}, "is not recorded"),
+        ({"url": "rtsp://127.0.0.1/cam", "publish_token": "secret-of-mine"}, "only sources with url webrtc"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(given: dict[str, str], said: str) -> None:
+    with pytest.raises(ValidationError, match=said) as refused:
+        SourceSettings.model_validate({"id": "cam", **given})
+    assert "secret-of-mine" not in setting_error(refused.value)
+
+
+async def test_a_publisher_of_no_use_is_told_from_one_that_is_lost(receiver: Receiver, tmp_path: Path) -> None:
+    receiver.stop.set()
+    await receiver.finished()
+    deaf = Receiver(inputs=())
+    clip = make_clip(tmp_path / "clip.mp4", Clip(seconds=5, audio=None))
+    async with publishing(clip) as peer:
+        await deaf.connect(peer)
+        await until(lambda: deaf.error is not None)
+    assert deaf.error is not None and deaf.error.reason == "no_stream" and deaf.error.retryable
+    assert "they use audio" in str(deaf.error)
+    await deaf.aclose()
+    assert not deaf.ledger.unbalanced()
