@@ -118,7 +118,7 @@ def _bars(
         parts.append(_text(at, bottom + 16, text, "tick middle"))
     if limit is not None:
         parts.append(_rule(limit, 4, limit, bottom + 4, "limit"))
-        parts.append(_text(limit + 5, bottom + 16, "bound", "limit-name"))
+        parts.append(_text(limit + 9, bottom + 16, "bound", "limit-name"))
     # Last, so that figures are not struck through.
     for n, bar in enumerate(bars):
         parts += _one_bar(bar, 8 + ROW * n, x)

@@ -253,7 +253,7 @@ def _name(one: Verified) -> str:
 def _error_bar(manifest: Manifest, one: Verified, entry: GraphParity, colour: int) -> Bar:
     shares = {out.tensor: share_of_bound(manifest, one.precision, out) for out in entry.outputs}
     worst = max(shares, key=lambda name: shares[name])
-    figure = f"{shares[worst]:.2g} {worst}" if shares[worst] > 0 else "no difference"
+    figure = f"{shares[worst]:.2g} of its bound: {worst}" if shares[worst] > 0 else "no difference"
     return Bar(_name(one), shares[worst], figure, colour, bad=one.problem is not None)
 
 
