@@ -18,6 +18,7 @@ from stream.settings import load_settings
 from stream.types import ClipWindow, ClockOrigin, EpochStart, Event, Progress
 from tests.e2e.command import Running, free_port, sightwire
 from tests.e2e.conftest import StartRtspServer
+from tests.e2e.relay import Relay
 from tests.stream.ingest.media import Clip, make_clip, run_source
 
 CANARY = "canary-3f9b"
@@ -86,13 +87,14 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_clip(tmp_path_factory.mktemp("clips") / "clip.mp4", made)
 
 
-@pytest.mark.parametrize("transport", ["tcp", "udp"])
+@pytest.mark.parametrize(("transport", "loss"), [("tcp", None), ("udp", 0.05)])
 async def test_a_service_and_its_recording_agree(
-    rtsp_server: StartRtspServer, tiny_pack: Path, clip: Path, tmp_path: Path, transport: str
+    rtsp_server: StartRtspServer, tiny_pack: Path, clip: Path, tmp_path: Path, transport: str, loss: float | None
 ) -> None:
     file = tmp_path / "cam.mkv"
     server = rtsp_server(clip, "--loop", "--login", f"admin:{CANARY}")
-    url = server.url_for(f"admin:{CANARY}")
+    relay = Relay(server.port, loss)
+    url = f"rtsp://admin:{CANARY}@127.0.0.1:{relay.port}/cam"
     live = Watched(settings_for(tiny_pack, url=url, transport=transport, record=str(file)), tmp_path)
     running = asyncio.create_task(live.run())
     try:
@@ -103,7 +105,9 @@ async def test_a_service_and_its_recording_agree(
         await live.until(lambda: len(live.of_epoch(1)) >= 8)
     finally:
         live.stop()
-        assert await running == []
+        failed = await running
+        relay.close()
+    assert not failed
     overloaded = {("channel", "overflow"), ("batch_slot", "stale")} & live.ledger.dropped().keys()
     assert not overloaded, "the machine is too slow for this test"
     again = Watched(settings_for(tiny_pack, url=f"replay://{file}", pace="fast"), tmp_path)
