@@ -246,7 +246,9 @@ class Reception:
             self._bad_run += 1
             self._inbox.want_key()
             if self._bad_run >= BAD_PACKETS_LIMIT:
-                raise gone(self._source_id, Failure.CORRUPT, "too much damaged data in a row from the publisher") from None
+                raise gone(
+                    self._source_id, Failure.CORRUPT, "too much damaged data in a row from the publisher"
+                ) from None
             return []
         self._bad_run = 0
         return decoded
