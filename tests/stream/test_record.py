@@ -15,7 +15,7 @@ from stream.clock import ManualClock, SystemClock
 from stream.types import ClipWindow, ClockUpdate, Elapsed, EpochEnd, EpochStart, MediaItem, TextItem
 from stream.windows import Grace, SourceWindows, Watch
 from tests.stream.camera import MS, Camera, Late, facts, in_time, recording
-from tests.stream.ingest.media import EVERY_FRAME, Clip, make_clip, run_source
+from tests.stream.ingest.media import EVERY_FRAME, Clip, ManualStop, make_clip, run_source
 from tests.stream.ingest.test_captions import captioned
 from tests.stream.test_windows import branch
 
@@ -108,6 +108,22 @@ def test_parameter_sets_that_come_in_the_stream_only(tmp_path: Path, clock: Manu
     with av.open(str(tmp_path / "out.mkv")) as container:
         assert container.streams.video[0].codec_context.extradata
     assert facts(replay(tmp_path / "out.mkv")) == facts(camera.items)
+
+
+def test_a_replay_in_its_own_time_waits_as_long_as_packets_took(tmp_path: Path, clock: ManualClock) -> None:
+    clip = make_clip(tmp_path / "clip.mp4", Clip(seconds=3))
+    with recording(tmp_path / "out.mkv", clock) as recorder:
+        camera = Camera(recorder, clock, EVERY_FRAME)
+        camera.play(clip)
+        clock.advance(5 * S)
+        camera.play(clip)
+    took_ns = clock.now_ns - START_NS
+    later = ManualClock(77 * S)
+    run = run_source(f"replay://{tmp_path / 'out.mkv'}", clock=later, stop=ManualStop(later), pace="realtime")
+    assert facts(run.items) == facts(camera.items)
+    assert not run.of(Elapsed), "everybody can see how late it is"
+    assert abs((later.now_ns - 77 * S) - took_ns) < 100 * MS
+    assert run.of(EpochStart)[0].arrival_ns - 77 * S < 100 * MS
 
 
 @pytest.mark.parametrize("seed", [0, 1])
