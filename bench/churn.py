@@ -21,7 +21,8 @@ from bench.slope import Slope, fit
 from stream.clock import SystemClock
 from stream.packs import load_packs
 from stream.service import Service
-from stream.settings import Settings, SourceSettings, load_settings
+from stream.settings import Settings, load_settings
+from stream.source_settings import SourceSettings
 from stream.types import Event
 
 PATIENCE_S = 30.0

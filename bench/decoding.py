@@ -28,7 +28,7 @@ from engines.manifest import Manifest, VideoInput
 from stream.accounting import Ledger
 from stream.clock import SystemClock
 from stream.ingest.file import FileSource
-from stream.settings import Pace, SourceSettings
+from stream.source_settings import Pace, SourceSettings
 from stream.types import ClipWindow, Emit, MediaItem
 from stream.windows import Grace, SourceWindows, Watch
 

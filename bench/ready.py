@@ -13,7 +13,7 @@ from stream.clock import NS_PER_S, Clock, SystemClock
 from stream.ingest.file import FileSource
 from stream.ingest.open import CountingSource
 from stream.ingest.stats import DecodeStats
-from stream.settings import SourceSettings
+from stream.source_settings import SourceSettings
 from stream.types import AudioChunk, Emit, EpochEnd, EpochStart, Frame, MediaItem, Progress, StopFlag
 
 Media = Frame | AudioChunk | Progress

@@ -22,7 +22,8 @@ from stream.clock import NS_PER_MS, NS_PER_S, SystemClock
 from stream.ingest.open import open_source
 from stream.packs import load_packs
 from stream.service import Service
-from stream.settings import SourceSettings, load_settings
+from stream.settings import load_settings
+from stream.source_settings import SourceSettings
 from stream.supervisor import SourceState
 from stream.types import ClipWindow, Event, MediaItem, Stopped
 from stream.windows import Grace, SourceWindows, Watch

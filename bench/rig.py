@@ -19,10 +19,11 @@ from stream.ingest.open import CountingSource, open_source
 from stream.packs import ServedPack, load_packs
 from stream.publisher import Publisher
 from stream.service import Service
-from stream.settings import Settings, SourceSettings, home
+from stream.settings import Settings, home
 from stream.sinks.embedded import EmbeddedServer
 from stream.sinks.redis import RedisSink
 from stream.sinks.spool import Spool
+from stream.source_settings import SourceSettings
 from stream.types import Emit, Event, StopFlag
 
 Opener = Callable[..., CountingSource]

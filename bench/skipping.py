@@ -25,7 +25,7 @@ from engines.manifest import VideoInput
 from stream.clock import SystemClock
 from stream.ingest.file import FileSource
 from stream.ingest.stats import DecodeStats
-from stream.settings import SourceSettings
+from stream.source_settings import SourceSettings
 
 SECONDS = 40
 SIZE = 224

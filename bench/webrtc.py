@@ -35,7 +35,8 @@ from stream.errors import SourceError
 from stream.ingest.open import open_source
 from stream.ingest.webrtc_hub import Publications
 from stream.ingest.webrtc_session import Session
-from stream.settings import SourceSettings, WebRtcSettings
+from stream.settings import WebRtcSettings
+from stream.source_settings import SourceSettings
 from stream.types import AudioChunk, Frame, MediaItem
 
 INPUTS = (VideoInput(width=160, height=160, fps=Fraction(8)),)

@@ -53,6 +53,11 @@ class SplitEngine:
         """See ``Engine``."""
         return self._engine.spec
 
+    @property
+    def part(self) -> int:
+        """Most batch items that are run at once."""
+        return self._part
+
     def warmup(self, batch_sizes: Sequence[int]) -> None:
         """See ``Engine``; where parts are few, every size that one can have is run, so no later batch meets a new
         one."""

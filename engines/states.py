@@ -54,27 +54,29 @@ class StateStore(Generic[Mark]):
         """Memory of all rows, used or not."""
         return sum(array.nbytes for array in self._arrays.values())
 
-    def gather(self, streams: Sequence[str]) -> tuple[list[Mark | None], dict[str, Array]]:
+    def gather(
+        self, streams: Sequence[str], into: Mapping[str, Array] | None = None
+    ) -> tuple[list[Mark | None], dict[str, Array]]:
         """Marks of the streams, and copies of their states by input name, ``[streams, ...]``.
 
-        A stream without a row has no mark and zeros, which are the empty past.
+        A stream without a row has no mark and zeros, which are the empty past. The copies are the first rows of
+        ``into`` (see ``buffers``) where it is given.
         """
+        into = into or self.buffers(len(streams))
+        states = {name: array[: len(streams)] for name, array in into.items()}
         with self._lock:
             found = [self._rows.get(stream) for stream in streams]
-            there = [n for n, row in enumerate(found) if row is not None]
-            for n in there:
-                self._rows.move_to_end(streams[n])
-            rows = [row[0] for row in found if row is not None]
-            if len(rows) == len(streams):
-                states = {name: array.take(rows, axis=0) for name, array in self._arrays.items()}
-            else:
-                states = {
-                    name: np.zeros((len(streams), *array.shape[1:]), array.dtype)
-                    for name, array in self._arrays.items()
-                }
-                for name, array in self._arrays.items():
-                    states[name][there] = array[rows]
+            for stream, row in zip(streams, found, strict=True):
+                if row is not None:
+                    self._rows.move_to_end(stream)
+            for name, array in self._arrays.items():
+                for place, row in enumerate(found):
+                    states[name][place] = 0 if row is None else array[row[0]]
         return [None if row is None else row[1] for row in found], states
+
+    def buffers(self, streams: int) -> dict[str, Array]:
+        """Room for the states of so many streams: large arrays are better used again than made anew."""
+        return {name: self._empty(name, streams) for name in self._sizes}
 
     def put(self, streams: Sequence[str], marks: Sequence[Mark], states: Tensors) -> None:
         """Keep states (by input name, ``[streams, ...]``) and marks; each stream is named once.

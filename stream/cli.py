@@ -18,7 +18,8 @@ from stream.cli_packs import packs_app
 from stream.cli_sources import sources_app
 from stream.errors import SettingsError, SightwireError
 from stream.secrets import register_secrets
-from stream.settings import Settings, home, load_settings, redacted_url, source_scheme
+from stream.settings import Settings, home, load_settings
+from stream.source_settings import redacted_url, source_scheme
 from stream.terminal import err, out, set_up_logging
 
 app = typer.Typer(

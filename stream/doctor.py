@@ -17,9 +17,10 @@ from engines.errors import EngineError
 from engines.manifest import MANIFEST_FILE, check_integrity, read_manifest
 from engines.parity import read_parity
 from stream.errors import SinkError
-from stream.settings import Settings, home, redacted_url
+from stream.settings import Settings, home
 from stream.sinks.embedded import EmbeddedServer, running_url
 from stream.sinks.redis import RedisSink
+from stream.source_settings import redacted_url
 
 SYSTEM_PYTHON = "/usr/bin/python3"
 """The interpreter that Debian's GStreamer bindings belong to."""

@@ -20,7 +20,8 @@ from stream.gpu import pictures_on
 from stream.inference import PackRunner
 from stream.memory import SourceMemory
 from stream.sampling import distinct_inputs
-from stream.settings import PackSettings, Settings, SourceSettings
+from stream.settings import PackSettings, Settings
+from stream.source_settings import SourceSettings
 from stream.types import ClipWindow, Prediction
 from stream.windows import Watch
 

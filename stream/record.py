@@ -20,8 +20,9 @@ from stream.clock import Clock, SystemClock
 from stream.errors import SettingsError, SourceError
 from stream.ingest.open import CountingSource, open_recorder, open_source
 from stream.ingest.recording import existing_parts
-from stream.settings import RetrySettings, SourceSettings
+from stream.settings import RetrySettings
 from stream.source_pipeline import CHANNEL_ITEMS, droppable
+from stream.source_settings import SourceSettings
 from stream.supervisor import SourceState, SourceStatus, Supervisor
 from stream.types import EpochStart, MediaItem
 

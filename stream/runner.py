@@ -24,10 +24,11 @@ from stream.packs import FailedPack, ServedPack, load_packs
 from stream.publisher import Publisher
 from stream.received import KINDS
 from stream.service import Service
-from stream.settings import RedisSettings, Settings, home, redacted_url
+from stream.settings import RedisSettings, Settings, home
 from stream.sinks.embedded import EmbeddedServer
 from stream.sinks.redis import RedisSink
 from stream.sinks.spool import Spool
+from stream.source_settings import redacted_url
 from stream.tally import ShowEvent, Summary, Tally
 from stream.types import Event
 

@@ -15,8 +15,9 @@ from rich.table import Table
 from stream.doctor import Check
 from stream.received import ReceivedEvent
 from stream.runner import Addresses
-from stream.settings import Settings, redacted_url
+from stream.settings import Settings
 from stream.sinks.console import ConsoleSink
+from stream.source_settings import redacted_url
 from stream.tally import Summary
 from stream.types import Event
 

@@ -6,7 +6,8 @@ import logging
 import re
 from urllib.parse import unquote
 
-from stream.settings import Settings, SourceSettings
+from stream.settings import Settings
+from stream.source_settings import SourceSettings
 
 _USER_INFO = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^\s/@]+@", re.IGNORECASE)
 _SECRET_QUERY = re.compile(

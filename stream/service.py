@@ -22,8 +22,9 @@ from stream.metrics import Metrics, SourceView
 from stream.pack_metrics import PacksView
 from stream.packs import FailedPack, Generation, ServedPack, audio_rate, video_inputs, watches
 from stream.schedule import is_on
-from stream.settings import Settings, SourceSettings, home
+from stream.settings import Settings, home
 from stream.source_pipeline import Outcome, SourcePipeline
+from stream.source_settings import SourceSettings
 from stream.sources import RunningSource, Sources
 from stream.supervisor import SourceState, SourceStatus, Supervisor
 from stream.swap import Swaps

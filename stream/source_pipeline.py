@@ -13,7 +13,7 @@ from stream.accounting import Ledger
 from stream.channel import Channel, Policy
 from stream.clock import NS_PER_S, Clock
 from stream.event_format import PackInfo
-from stream.settings import SourceSettings
+from stream.source_settings import SourceSettings
 from stream.types import (
     AudioChunk,
     ClipWindow,

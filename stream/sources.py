@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from stream.clock import NS_PER_S
 from stream.errors import SettingsError, SightwireError, SourceError
 from stream.ingest.recorder import Recorder
-from stream.settings import SourceSettings
 from stream.source_pipeline import SourcePipeline
+from stream.source_settings import SourceSettings
 from stream.supervisor import SourceState, Supervisor
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from stream.clock import NS_PER_S, Clock
 from stream.errors import SettingsError
 from stream.secrets import remember_source, without_secrets
-from stream.settings import SourceSettings, redacted_url, setting_error
+from stream.settings import setting_error
+from stream.source_settings import SourceSettings, redacted_url
 from stream.sources import RunningSource, SourceBusy, SourceExists, Sources, UnknownSource
 
 MAX_SOURCES = 1024

@@ -29,7 +29,7 @@ from stream.ingest.resample import MonoResampler
 from stream.ingest.skipping import Skip, SkipRule
 from stream.ingest.stats import DecodeStats
 from stream.ingest.video import NotUsable
-from stream.settings import Decode, Scaling
+from stream.source_settings import Decode, Scaling
 
 BAD_PACKETS_LIMIT = 300
 """Undecodable packets in a row (about 12 s of video) after which a source is given up."""

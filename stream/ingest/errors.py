@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import av.error
 
 from stream.errors import SourceError
-from stream.settings import redacted_url, source_scheme
+from stream.source_settings import redacted_url, source_scheme
 
 
 class Failure(StrEnum):

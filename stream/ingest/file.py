@@ -25,7 +25,7 @@ from stream.ingest.decode import Decoder, FrameRenderer, Selected, nothing_decod
 from stream.ingest.errors import Failure, failure, map_av_error
 from stream.ingest.stats import DecodeStats
 from stream.ingest.timeline import BACKSTEP_NS, JUMP_NS, to_ns
-from stream.settings import Pace, SourceSettings
+from stream.source_settings import Pace, SourceSettings
 from stream.types import Emit, StopFlag, Stopped
 
 OPTIONS = {"protocol_whitelist": "file"}

@@ -18,7 +18,7 @@ from av.video.stream import VideoStream
 from stream.ingest.nvdec import NvdecDecoder
 from stream.ingest.skipping import Skip
 from stream.ingest.video import NotUsable, SoftwareDecoder, VideoDecoder
-from stream.settings import Decode
+from stream.source_settings import Decode
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 from stream.errors import SourceError
 from stream.ingest.address import AddressGuard, Forbidden, connect
 from stream.ingest.errors import Failure, failure, map_os_error
-from stream.settings import SourceSettings
+from stream.source_settings import SourceSettings
 from stream.types import StopFlag
 
 POLL_S = 0.25

@@ -26,7 +26,7 @@ from stream.ingest.rtsp import open_rtsp, reported_offset_ns, transports
 from stream.ingest.stats import DecodeStats
 from stream.ingest.tap import Tap
 from stream.ingest.timeline import to_ns
-from stream.settings import SourceSettings, Transport
+from stream.source_settings import SourceSettings, Transport
 from stream.types import Emit, StopFlag, Stopped
 
 REPORT_CHECK_NS = 200 * NS_PER_MS

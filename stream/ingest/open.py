@@ -19,7 +19,7 @@ from stream.ingest.tap import Tap
 from stream.ingest.webrtc import WebRtcSource
 from stream.ingest.webrtc_hub import Publications
 from stream.regions import Blackout
-from stream.settings import SourceSettings
+from stream.source_settings import SourceSettings
 from stream.types import Emit, Frame, MediaItem, Source, StopFlag
 
 

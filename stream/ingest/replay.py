@@ -54,7 +54,7 @@ from stream.ingest.recording import (
     part_path,
 )
 from stream.ingest.stats import DecodeStats
-from stream.settings import Pace, SourceSettings
+from stream.source_settings import Pace, SourceSettings
 from stream.types import Elapsed, Emit, EpochEnd, EpochStart, MediaItem, StopFlag, Stopped
 
 

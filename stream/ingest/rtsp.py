@@ -16,7 +16,7 @@ from stream.ingest.errors import Failure, check_network_url
 from stream.ingest.link import Link, Patience
 from stream.ingest.relay import Relay, address_of
 from stream.ingest.timeline import to_ns
-from stream.settings import Transport
+from stream.source_settings import Transport
 
 PORTS = {"rtsp": 554, "rtsps": 322}
 OPTIONS = {

@@ -21,7 +21,7 @@ from stream.ingest.assemble import Assembler, Tracks
 from stream.ingest.capture import Capture, LiveCapture, RecordingCapture
 from stream.ingest.errors import Failure
 from stream.ingest.stats import DecodeStats
-from stream.settings import Pace, SourceSettings, redacted_url
+from stream.source_settings import Pace, SourceSettings, redacted_url
 from stream.types import Emit, StopFlag, Stopped
 
 FLASH_NS = 100 * NS_PER_MS

@@ -31,7 +31,7 @@ from stream.ingest.stats import DecodeStats
 from stream.ingest.webrtc_frames import EncodedFrame
 from stream.ingest.webrtc_hub import Publications
 from stream.ingest.webrtc_inbox import Inbox, TimedFrame, TimedText, gone
-from stream.settings import SourceSettings
+from stream.source_settings import SourceSettings
 from stream.types import Emit, StopFlag, Stopped
 
 TAKE_S = 0.25

@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from stream.settings import redacted_url
+from stream.source_settings import redacted_url
 
 FOREIGN = (redis_errors.RedisError, OSError)
 """What redis-py may raise from a command."""

@@ -18,8 +18,8 @@ from stream.client import newest, subscribe
 from stream.clock import SystemClock
 from stream.ingest.open import open_source
 from stream.received import ReceivedEvent
-from stream.settings import SourceSettings
 from stream.sinks.embedded import EmbeddedServer
+from stream.source_settings import SourceSettings
 from stream.types import ClipWindow, MediaItem, Stopped
 from stream.windows import Grace, SourceWindows, Watch
 from tests.e2e.command import Running, sightwire

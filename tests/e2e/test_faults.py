@@ -18,7 +18,8 @@ import pytest
 from stream.clock import SystemClock
 from stream.packs import load_packs
 from stream.service import Service
-from stream.settings import SourceSettings, load_settings
+from stream.settings import load_settings
+from stream.source_settings import SourceSettings
 from stream.supervisor import SourceState
 from tests.e2e.command import free_port
 from tests.e2e.conftest import StartRtspServer

@@ -19,7 +19,7 @@ import pytest
 from stream.clock import SystemClock
 from stream.ingest.errors import Failure
 from stream.ingest.open import open_source
-from stream.settings import SourceSettings
+from stream.source_settings import SourceSettings
 from stream.types import AudioChunk, EpochStart, Frame
 from tests.e2e.conftest import StartRtspServer, missing
 from tests.e2e.test_rtsp_ingest import CANARY, Live

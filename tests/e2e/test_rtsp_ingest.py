@@ -15,7 +15,7 @@ from stream.clock import SystemClock
 from stream.errors import SourceError
 from stream.ingest.errors import Failure
 from stream.ingest.open import CountingSource, open_source
-from stream.settings import SourceSettings
+from stream.source_settings import SourceSettings
 from stream.types import AudioChunk, ClockOrigin, ClockUpdate, EpochEnd, EpochStart, Frame, MediaItem, Progress
 from tests.e2e.conftest import StartRtspServer
 from tests.stream.ingest.media import (

@@ -32,7 +32,7 @@ from stream.ingest.address import AddressGuard
 from stream.ingest.errors import Failure
 from stream.ingest.open import open_source
 from stream.secrets import SecretFilter, remember_source
-from stream.settings import SourceSettings
+from stream.source_settings import SourceSettings
 from stream.types import Frame
 from tests.e2e.conftest import StartRtspServer, missing
 from tests.e2e.test_rtsp_ingest import Live

@@ -10,7 +10,8 @@ import pytest
 from stream.cli import named_sources, settings_from
 from stream.errors import SettingsError
 from stream.secrets import SecretFilter, register_secrets
-from stream.settings import load_settings, redacted_url
+from stream.settings import load_settings
+from stream.source_settings import redacted_url
 
 
 def write(folder: Path, text: str) -> Path:

@@ -18,7 +18,8 @@ from stream.http.app import create_app
 from stream.http.sources import sources_router
 from stream.packs import load_packs
 from stream.service import Service
-from stream.settings import SourceSettings, load_settings
+from stream.settings import load_settings
+from stream.source_settings import SourceSettings
 from stream.sources import SourceBusy
 from tests.stream.test_service import Collector
 

@@ -16,7 +16,7 @@ from engines.manifest import VideoInput
 from stream.clock import Clock, ManualClock
 from stream.errors import SourceError
 from stream.ingest.open import CountingSource, open_source
-from stream.settings import SourceSettings
+from stream.source_settings import SourceSettings
 from stream.types import AudioChunk, EpochEnd, EpochStart, Frame, MediaItem, Progress
 
 NS_PER_S = 1_000_000_000

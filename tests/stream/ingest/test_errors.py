@@ -9,7 +9,7 @@ from stream.clock import ManualClock
 from stream.errors import SourceError
 from stream.ingest.errors import Failure, failure, map_av_error
 from stream.ingest.open import open_source
-from stream.settings import SourceSettings
+from stream.source_settings import SourceSettings
 
 URL = "rtsp://admin:canary@camera.invalid:554/live?token=canary"
 

@@ -15,7 +15,7 @@ from stream.ingest import hardware
 from stream.ingest.hardware import FallingBack, open_decoder
 from stream.ingest.skipping import Skip
 from stream.ingest.video import NotUsable, SoftwareDecoder
-from stream.settings import Decode
+from stream.source_settings import Decode
 from stream.types import Frame
 from tests.stream.ingest.media import Clip, make_clip, run_source
 

@@ -25,7 +25,8 @@ from stream.ingest.open import open_source
 from stream.ingest.webrtc_hub import Publications
 from stream.ingest.webrtc_private import JITTER_BUFFER, RTCP_HANDLER
 from stream.ingest.webrtc_session import Session
-from stream.settings import SourceSettings, WebRtcSettings, setting_error
+from stream.settings import WebRtcSettings, setting_error
+from stream.source_settings import SourceSettings
 from stream.types import AudioChunk, ClockOrigin, ClockUpdate, EpochEnd, EpochStart, Frame, MediaItem, TextItem
 from tests.stream.ingest.media import (
     EVERY_FRAME,
