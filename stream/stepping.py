@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.manifest import Branch, TensorSpec, VideoInput
+from engines.split import SplitEngine
 from engines.states import StateStore, handed_on, row_bytes, state_tensors
 from engines.types import Array, Engine, Tensors
 from stream.samples import Pictures, Sample, samples_of
@@ -132,15 +133,33 @@ class Stepper:
         self._inputs = {tensor.name for tensor in graph.spec.inputs}
         handed = {state.output for state in branch.states}
         self._answers = [tensor.name for tensor in graph.spec.outputs if tensor.name not in handed]
+        self._part = graph.part if isinstance(graph, SplitEngine) else None
+        self._buffers = states.buffers(0)
+        self._room = 0
 
     def infer(self, windows: tuple[ClipWindow, ...], sound: Tensors) -> dict[str, Array]:
         """What the heads read, ``[B, ...]``; ``sound`` holds the windows' audio. Raises ``InferenceError``."""
-        courses, states = self._begin(windows)
+        places: dict[str, list[int]] = {}
+        for place, window in enumerate(windows):
+            places.setdefault(window.key.source_id, []).append(place)
+        sources = list(places)
         answers: dict[str, list[Array]] = {name: [np.empty(0)] * len(windows) for name in self._answers}
+        # As many at once as the engine runs at once: states are large, and to split and join them costs.
+        part = self._part or len(sources)
+        for first in range(0, len(sources), part):
+            group = {source: [(n, windows[n]) for n in places[source]] for source in sources[first : first + part]}
+            self._advance(group, sound, answers)
+        return {name: np.stack(found) for name, found in answers.items()}
+
+    def _advance(
+        self, group: Mapping[str, Sequence[tuple[int, ClipWindow]]], sound: Tensors, answers: dict[str, list[Array]]
+    ) -> None:
+        """All hops of some sources, whose windows are given with their places in the batch."""
+        courses, states = self._begin(group)
         for at in range(len(courses[0].steps)):
             going = sum(len(course.steps) > at for course in courses)
             steps = [course.steps[at] for course in courses[:going]]
-            states = _emptied({name: array[:going] for name, array in states.items()}, steps)
+            states = _emptied({name: array[:going] for name, array in states.items()}, steps, in_place=at == 0)
             outputs = self._graph.infer({**self._media(steps, sound), **states})
             for row, step in enumerate(steps):
                 if step.answers:
@@ -149,23 +168,23 @@ class Stepper:
             states = handed_on(self._branch, outputs)
             self._keep(courses[:going], at + 1, states)
         self._states.count(sum(len(course.steps) for course in courses), sum(course.restarted for course in courses))
-        return {name: np.stack(found) for name, found in answers.items()}
 
-    def _begin(self, windows: tuple[ClipWindow, ...]) -> tuple[list[Course], dict[str, Array]]:
+    def _begin(self, group: Mapping[str, Sequence[tuple[int, ClipWindow]]]) -> tuple[list[Course], dict[str, Array]]:
         """What is to be done for each source, the longest first, and the states that it begins with.
 
         So those still going are always the first rows, and states pass from hop to hop without a copy.
         """
-        sources = list(dict.fromkeys(window.key.source_id for window in windows))
-        marks, states = self._states.gather(sources)
-        courses = {source: Course(source, [], mark) for source, mark in zip(sources, marks, strict=True)}
-        for place, window in enumerate(windows):
-            courses[window.key.source_id].add(window, place, self._video, self._per_hop)
-        found = list(courses.values())
-        order = sorted(range(len(found)), key=lambda n: -len(found[n].steps))
-        if order != list(range(len(found))):
+        if len(group) > self._room:
+            self._buffers, self._room = self._states.buffers(len(group)), len(group)
+        marks, states = self._states.gather(list(group), self._buffers)
+        courses = [Course(source, [], mark) for source, mark in zip(group, marks, strict=True)]
+        for course, windows in zip(courses, group.values(), strict=True):
+            for place, window in windows:
+                course.add(window, place, self._video, self._per_hop)
+        order = sorted(range(len(courses)), key=lambda n: -len(courses[n].steps))
+        if order != list(range(len(courses))):
             states = {name: array[order] for name, array in states.items()}
-        return [found[n] for n in order], states
+        return [courses[n] for n in order], states
 
     def _media(self, steps: Sequence[Step], sound: Tensors) -> dict[str, Array]:
         frames = self._pictures.stack([sample for step in steps for sample in step.samples], self._video)
@@ -195,14 +214,12 @@ class Stepper:
         )
 
 
-def _emptied(states: dict[str, Array], steps: Sequence[Step]) -> dict[str, Array]:
-    """States with those of fresh rows set to zero."""
+def _emptied(states: dict[str, Array], steps: Sequence[Step], *, in_place: bool) -> dict[str, Array]:
+    """States with those of fresh rows set to zero; in place where they are our own, not an engine's."""
     fresh = [row for row, step in enumerate(steps) if step.fresh]
     if not fresh:
         return states
-    if len(fresh) == len(steps):
-        return {name: np.zeros_like(array) for name, array in states.items()}
-    copies = {name: array.copy() for name, array in states.items()}
-    for array in copies.values():
+    ours = states if in_place else {name: array.copy() for name, array in states.items()}
+    for array in ours.values():
         array[fresh] = 0
-    return copies
+    return ours

@@ -171,7 +171,7 @@ class StatefulGraph(WatchGraph):
             if given is not None:
                 encoded[name], present[name] = branch(*given), branch.present(*given)
             elif name != "video":
-                encoded[name] = branch.empty(len(newest), newest)
+                encoded[name] = branch.empty(newest.shape[0], newest)
                 present[name] = torch.zeros_like(present["video"])
         there = torch.stack([present[name] for name in self.model.taken], dim=1)
         return self.judge(inputs, encoded, there)

@@ -52,22 +52,24 @@ States = tuple[Tensor, ...]
 class Average:
     """The average over the past: exponentially forgetting, corrected for how little past there is at first.
 
-    ``a_t = s_t / w_t`` with ``s_t = γ s_{t-1} + (1 - γ) x_t`` and ``w_t = γ w_{t-1} + (1 - γ)`` from zero: the first
-    average is the first value, and ``w`` tends to 1. One ``w`` serves all averages of a network.
+    ``a_t = (γ w_{t-1} a_{t-1} + (1 - γ) x_t) / w_t`` with ``w_t = γ w_{t-1} + (1 - γ)`` from zero: the first average
+    is the first value, and ``w`` tends to 1. One ``w`` serves all averages of a network.
     """
 
     def __init__(self, steps: int, weight: Tensor) -> None:
         keep = 1.0 - 1.0 / MEMORY
         age = torch.arange(steps, device=weight.device)
         back = age[:, None] - age[None]
-        self.mix = torch.where(back >= 0, (1.0 - keep) * keep ** back.clamp(min=0), 0.0).to(weight.dtype)
-        self.left = (keep ** (age + 1)).to(weight.dtype)[:, None]
-        self.weight = self.mix.sum(dim=1)[:, None] + self.left * weight[:, None]
+        mix = torch.where(back >= 0, (1.0 - keep) * keep ** back.clamp(min=0), 0.0).to(weight.dtype)
+        left = (keep ** (age + 1)).to(weight.dtype)[:, None] * weight[:, None]
+        weights = mix.sum(dim=1)[:, None] + left
+        self.weight = weights[:, -1]
+        self.share = torch.cat([left, mix.expand(weight.shape[0], -1, -1)], dim=2) / weights
 
     def __call__(self, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 ``[B, t, C]`` and ``[B, C]`` to the averages ``[B, t, C]`` and the new state."""
-        sums = self.mix @ values + self.left * state[:, None]
-        return sums / self.weight, sums[:, -1]
+        """float32 ``[B, t, C]`` and the average before them, ``[B, C]``, to the averages ``[B, t, C]`` and the last."""
+        averages = self.share @ torch.cat([state[:, None], values], dim=1)
+        return averages, averages[:, -1]
 
 
 class CausalBlock(nn.Module):
@@ -87,25 +89,25 @@ class CausalBlock(nn.Module):
         self.project = _norm_conv(hidden, stage.channels, 1)
         self.residual = stride == 1 and inputs == stage.channels
 
-    def forward(self, x: Tensor, average: Average, state: Tensor, past: Tensor | None) -> tuple[Tensor, States]:
-        """Frames ``[B, t, C, H, W]`` to ``[B, t, C', H/stride, W/stride]``.
+    def forward(
+        self, x: Tensor, steps: int, average: Average, state: Tensor, past: Tensor | None
+    ) -> tuple[Tensor, States]:
+        """``steps`` frames of each stream, ``[B t, C, H, W]``, to ``[B t, C', H/stride, W/stride]``.
 
         ``state`` ``[B, hidden]`` is the squeeze's, ``past`` ``[B, hidden, reach - 1, H W / stride²]`` the last frames'
         maps (``None`` when ``reach`` is 1); both come back renewed.
         """
-        steps = x.shape[1]
-        y = F.hardswish(self.space(F.hardswish(self.expand(x.flatten(0, 1)))))
-        y = _unfold(y, steps)
+        y = F.hardswish(self.space(F.hardswish(self.expand(x))))
         kept: States = ()
         if past is not None:
             # Channels before time, as the convolution wants it: so only new frames are turned round, not the past.
-            joined = torch.cat([past, y.flatten(3).transpose(1, 2)], dim=2)
+            joined = torch.cat([past, _unfold(y, steps).flatten(3).transpose(1, 2)], dim=2)
             mixed = F.hardswish(self.time_norm(F.conv2d(joined, self.time, groups=self.hidden)))
             y = mixed.transpose(1, 2).reshape(y.shape)
             kept = (joined[:, :, steps:],)
-        squeezed, state = average(y.mean(dim=(3, 4)), state)
-        gate = torch.sigmoid(self.excite(F.hardswish(self.squeeze(squeezed))))
-        y = _unfold(self.project((y * gate[:, :, :, None, None]).flatten(0, 1)), steps)
+        squeezed, state = average(_unfold(y.mean(dim=(2, 3)), steps), state)
+        gate = torch.sigmoid(self.excite(F.hardswish(self.squeeze(squeezed.flatten(0, 1)))))
+        y = self.project(y * gate[:, :, None, None])
         return (x + y if self.residual else y), (state, *kept)
 
 
@@ -161,15 +163,15 @@ class StreamBackbone(Backbone):
         steps = frames.shape[1]
         pictures = (frames.float().flatten(0, 1).permute(0, 3, 1, 2) - 127.5) / 127.5
         average = Average(steps, states[0])
-        x = _unfold(F.hardswish(self.stem(pictures)), steps)
+        x = F.hardswish(self.stem(pictures))
         left, renewed = list(states[2:]), []
         for block in self._blocks():
             state, past = left.pop(0), left.pop(0) if block.reach > 1 else None
-            x, kept = block(x, average, state, past)
+            x, kept = block(x, steps, average, state, past)
             renewed += kept
-        pooled = _unfold(F.hardswish(self.head(x.flatten(0, 1))).mean(dim=(2, 3)), steps)
+        pooled = _unfold(F.hardswish(self.head(x)).mean(dim=(2, 3)), steps)
         features, last = average(pooled, states[1])
-        return features, (average.weight[:, -1], last, *renewed)
+        return features, (average.weight, last, *renewed)
 
     def forward(self, video: Tensor, mask: Tensor) -> Sequence:
         """As ``Backbone.forward``; one token ``[B, 1, 480]``."""
