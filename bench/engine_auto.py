@@ -15,7 +15,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from bench.common import Measured, Row, interleaved
-from bench.engine_packs import GRAPH, NETWORKS, VideoNetwork, real_clips, real_windows, write_video_pack
+from bench.engine_packs import GRAPH, VideoNetwork, real_clips, real_windows, write_video_pack
 from engines.manifest import Precision
 from engines.open import LoadedPack, open_pack
 from engines.parity import read_parity
@@ -64,10 +64,9 @@ def gains(
     folder: Path,
     runs: int,
     calls: int,
-    *,
-    networks: Sequence[VideoNetwork] = NETWORKS,
-    precisions: Sequence[Precision] = ("fp32", "int8"),
-    progress: Progress = lambda line: None,
+    networks: Sequence[VideoNetwork],
+    precisions: Sequence[Precision],
+    progress: Progress,
 ) -> Measured:
     """Export, compile and measure every network. Packs and compiled engines go under ``folder``.
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from engines.backends import Compiled, EngineOptions
 from engines.cache import ArtifactCache, CacheKey
 from engines.checks import InputCheck, PortShape, check_interface, check_outputs, failed, zeros
@@ -44,6 +46,9 @@ def _import_runtime() -> ModuleType:
 
 
 _ov = _import_runtime()
+# OpenVINO's tables of types are set up at first use, and two threads that come to it at once wait for each other for
+# ever: one has the table's lock, the other the interpreter's. So they are used once here.
+_ov.Tensor(np.zeros(1, _ov.Type.f32.to_dtype()), shared_memory=True).data.sum()
 
 
 def version() -> str:

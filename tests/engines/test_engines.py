@@ -181,3 +181,38 @@ def test_every_way_to_say_out_of_memory_is_understood(manifest: Manifest, cause:
     spec = EngineSpec("tiny", graph.name, "torch", "cuda:0", "fp32", graph.inputs, graph.outputs)
     assert "torch is out of memory on cuda:0; use smaller batches" in str(failed(spec, cause))
     assert str(failed(spec, "odd shape")) == "pack tiny: graph watch_encoder failed on torch: odd shape"
+
+
+_AT_ONCE = """
+import sys, threading
+from pathlib import Path
+
+from engines.backends import EngineOptions, load
+from engines.manifest import read_manifest
+from engines.measure import random_batch
+
+folder, backend = Path(sys.argv[1]), sys.argv[2]
+graph = read_manifest(folder).graph("watch_encoder")
+engines = [load(folder / graph.file, "tiny", graph, backend, EngineOptions()) for _ in range(2)]
+batch, start = random_batch(graph, 1), threading.Barrier(2)
+sys.setswitchinterval(1e-6)
+
+def run(engine):
+    start.wait()
+    engine.infer(batch)
+
+threads = [threading.Thread(target=run, args=(engine,)) for engine in engines]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_the_first_inferences_may_be_at_once(tiny_master: Path, backend: str) -> None:
+    """OpenVINO sets things up at first use, and two threads could wait there for each other for ever."""
+    pytest.importorskip(backend)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", _AT_ONCE, str(tiny_master), backend]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(root)}, cwd=root, timeout=60, check=True)
