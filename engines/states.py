@@ -42,9 +42,11 @@ class StateStore(Generic[Mark]):
         self._free: list[int] = []
         self._rows: OrderedDict[str, tuple[int, Mark]] = OrderedDict()
         """Row and mark by stream, the one used longest ago first."""
+        self._held: set[str] = set()
+        """Streams whose rows are being read."""
         self._lock = threading.Lock()
         self.evicted = 0
-        """Streams that lost their row to another."""
+        """Times that a stream lost its row to another, or found none."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -57,22 +59,32 @@ class StateStore(Generic[Mark]):
     def gather(
         self, streams: Sequence[str], into: Mapping[str, Array] | None = None
     ) -> tuple[list[Mark | None], dict[str, Array]]:
-        """Marks of the streams, and copies of their states by input name, ``[streams, ...]``.
+        """Marks of the streams, and their states by input name, ``[streams, ...]``, which are not to be changed.
 
-        A stream without a row has no mark and zeros, which are the empty past. The copies are the first rows of
-        ``into`` (see ``buffers``) where it is given.
+        A stream without a row has no mark and zeros, which are the empty past. Of one stream alone the states are its
+        row, which it keeps until ``release``; of several they are copies, in the first rows of ``into`` (see
+        ``buffers``) where it is given.
         """
-        into = into or self.buffers(len(streams))
-        states = {name: array[: len(streams)] for name, array in into.items()}
         with self._lock:
             found = [self._rows.get(stream) for stream in streams]
             for stream, row in zip(streams, found, strict=True):
                 if row is not None:
                     self._rows.move_to_end(stream)
+            marks = [None if row is None else row[1] for row in found]
+            if len(found) == 1 and found[0] is not None:
+                self._held.update(streams)
+                at = found[0][0]
+                return marks, {name: array[at : at + 1] for name, array in self._arrays.items()}
+            states = {name: array[: len(streams)] for name, array in (into or self.buffers(len(streams))).items()}
             for name, array in self._arrays.items():
                 for place, row in enumerate(found):
                     states[name][place] = 0 if row is None else array[row[0]]
-        return [None if row is None else row[1] for row in found], states
+        return marks, states
+
+    def release(self, streams: Sequence[str]) -> None:
+        """What ``gather`` gave is used no more; nothing happens where it gave copies."""
+        with self._lock:
+            self._held.difference_update(streams)
 
     def buffers(self, streams: int) -> dict[str, Array]:
         """Room for the states of so many streams: large arrays are better used again than made anew."""
@@ -81,20 +93,19 @@ class StateStore(Generic[Mark]):
     def put(self, streams: Sequence[str], marks: Sequence[Mark], states: Tensors) -> None:
         """Keep states (by input name, ``[streams, ...]``) and marks; each stream is named once.
 
-        Where there are more streams than rows, those named last are kept.
+        Where there is no room for all of them, those named first are not kept.
         """
-        first = max(0, len(streams) - self._limit)
         with self._lock:
-            self.evicted += first
-            for stream in streams[:first]:
-                self._drop(stream)
-            for stream in streams[first:]:
-                # Before any row is given away: it may not be that of a stream that comes later here.
+            for stream in streams:
                 if stream in self._rows:
                     self._rows.move_to_end(stream)
-            rows = [self._row_for(stream, mark) for stream, mark in zip(streams[first:], marks[first:], strict=True)]
-            for name, array in self._arrays.items():
-                array[rows] = states[name][first:]
+            for place in reversed(range(len(streams))):
+                row = self._row_for(streams[place], marks[place], streams[place:])
+                if row is None:
+                    self.evicted += 1
+                    continue
+                for name, array in self._arrays.items():
+                    array[row] = states[name][place]
 
     def forget(self, stream: str) -> None:
         """Give a stream's row back; nothing happens where there is none."""
@@ -105,18 +116,21 @@ class StateStore(Generic[Mark]):
         if (found := self._rows.pop(stream, None)) is not None:
             self._free.append(found[0])
 
-    def _row_for(self, stream: str, mark: Mark) -> int:
+    def _row_for(self, stream: str, mark: Mark, stay: Sequence[str]) -> int | None:
+        """Give a stream a row; ``None`` where all belong to streams that ``stay`` or whose rows are being read."""
         found = self._rows.pop(stream, None)
+        if found is None and not self._free and self._capacity < self._limit:
+            self._grow()
         if found is not None:
             row = found[0]
+        elif self._free:
+            row = self._free.pop()
         else:
-            if not self._free and self._capacity < self._limit:
-                self._grow()
-            if self._free:
-                row = self._free.pop()
-            else:
-                _, (row, _) = self._rows.popitem(last=False)
-                self.evicted += 1
+            leaves = next((other for other in self._rows if other not in stay and other not in self._held), None)
+            if leaves is None:
+                return None
+            row, _ = self._rows.pop(leaves)
+            self.evicted += 1
         self._rows[stream] = (row, mark)
         return row
 

@@ -155,11 +155,20 @@ class Stepper:
         self, group: Mapping[str, Sequence[tuple[int, ClipWindow]]], sound: Tensors, answers: dict[str, list[Array]]
     ) -> None:
         """All hops of some sources, whose windows are given with their places in the batch."""
-        courses, states = self._begin(group)
+        try:
+            courses, states = self._begin(group)
+            self._run(courses, states, sound, answers)
+        finally:
+            self._states.release(list(group))
+        self._states.count(sum(len(course.steps) for course in courses), sum(course.restarted for course in courses))
+
+    def _run(
+        self, courses: Sequence[Course], states: dict[str, Array], sound: Tensors, answers: dict[str, list[Array]]
+    ) -> None:
         for at in range(len(courses[0].steps)):
             going = sum(len(course.steps) > at for course in courses)
             steps = [course.steps[at] for course in courses[:going]]
-            states = _emptied({name: array[:going] for name, array in states.items()}, steps, in_place=at == 0)
+            states = _emptied({name: array[:going] for name, array in states.items()}, steps)
             outputs = self._graph.infer({**self._media(steps, sound), **states})
             for row, step in enumerate(steps):
                 if step.answers:
@@ -167,7 +176,6 @@ class Stepper:
                         found[step.window] = outputs[name][row]
             states = handed_on(self._branch, outputs)
             self._keep(courses[:going], at + 1, states)
-        self._states.count(sum(len(course.steps) for course in courses), sum(course.restarted for course in courses))
 
     def _begin(self, group: Mapping[str, Sequence[tuple[int, ClipWindow]]]) -> tuple[list[Course], dict[str, Array]]:
         """What is to be done for each source, the longest first, and the states that it begins with.
@@ -214,12 +222,12 @@ class Stepper:
         )
 
 
-def _emptied(states: dict[str, Array], steps: Sequence[Step], *, in_place: bool) -> dict[str, Array]:
-    """States with those of fresh rows set to zero; in place where they are our own, not an engine's."""
+def _emptied(states: dict[str, Array], steps: Sequence[Step]) -> dict[str, Array]:
+    """States with those of fresh rows set to zero."""
     fresh = [row for row, step in enumerate(steps) if step.fresh]
     if not fresh:
         return states
-    ours = states if in_place else {name: array.copy() for name, array in states.items()}
-    for array in ours.values():
+    copies = {name: array.copy() for name, array in states.items()}
+    for array in copies.values():
         array[fresh] = 0
-    return ours
+    return copies

@@ -67,9 +67,9 @@ class Average:
         self.share = torch.cat([left, mix.expand(weight.shape[0], -1, -1)], dim=2) / weights
 
     def __call__(self, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 ``[B, t, C]`` and the average before them, ``[B, C]``, to the averages ``[B, t, C]`` and the last."""
-        averages = self.share @ torch.cat([state[:, None], values], dim=1)
-        return averages, averages[:, -1]
+        """float32 ``[B, t, C]`` and the average before them ``[B, 1, C]`` to the averages and the last of them."""
+        averages = self.share @ torch.cat([state, values], dim=1)
+        return averages, averages[:, -1:]
 
 
 class CausalBlock(nn.Module):
@@ -94,20 +94,22 @@ class CausalBlock(nn.Module):
     ) -> tuple[Tensor, States]:
         """``steps`` frames of each stream, ``[B t, C, H, W]``, to ``[B t, C', H/stride, W/stride]``.
 
-        ``state`` ``[B, hidden]`` is the squeeze's, ``past`` ``[B, hidden, reach - 1, H W / stride²]`` the last frames'
-        maps (``None`` when ``reach`` is 1); both come back renewed.
+        ``state`` ``[B, 1, hidden]`` is the squeeze's, ``past`` ``[B, hidden, reach - 1, H W / stride²]`` the last
+        frames' maps (``None`` when ``reach`` is 1); both come back renewed.
         """
         y = F.hardswish(self.space(F.hardswish(self.expand(x))))
         kept: States = ()
         if past is not None:
             # Channels before time, as the convolution wants it: so only new frames are turned round, not the past.
-            joined = torch.cat([past, _unfold(y, steps).flatten(3).transpose(1, 2)], dim=2)
+            turned = _unfold(y, steps).flatten(3).transpose(1, 2)
+            joined = torch.cat([past, turned], dim=2)
             mixed = F.hardswish(self.time_norm(F.conv2d(joined, self.time, groups=self.hidden)))
             y = mixed.transpose(1, 2).reshape(y.shape)
-            kept = (joined[:, :, steps:],)
+            # The same as the end of ``joined``, without a copy.
+            kept = (turned if steps == self.reach - 1 else joined[:, :, steps:],)
         squeezed, state = average(_unfold(y.mean(dim=(2, 3)), steps), state)
         gate = torch.sigmoid(self.excite(F.hardswish(self.squeeze(squeezed.flatten(0, 1)))))
-        y = self.project(y * gate[:, :, None, None])
+        y = self.project(y * gate.reshape(-1, self.hidden, 1, 1))
         return (x + y if self.residual else y), (state, *kept)
 
 
@@ -142,11 +144,11 @@ class StreamBackbone(Backbone):
 
     def state_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the states without the batch: the averages' weight, the last average, then block by block."""
-        shapes: list[tuple[int, ...]] = [(1,), (self.features,)]
+        shapes: list[tuple[int, ...]] = [(1,), (1, self.features)]
         height, width = (_halved(side, 2) for side in self.size)
         for block in self._blocks():
             height, width = _halved(height, block.stride), _halved(width, block.stride)
-            shapes.append((block.hidden,))
+            shapes.append((1, block.hidden))
             if block.reach > 1:
                 shapes.append((block.hidden, block.reach - 1, height * width))
         return shapes
