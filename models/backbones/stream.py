@@ -91,7 +91,7 @@ class CausalBlock(nn.Module):
 
     def forward(
         self, x: Tensor, steps: int, average: Average, state: Tensor, past: Tensor | None
-    ) -> tuple[Tensor, States]:
+    ) -> tuple[Tensor, Tensor, States]:
         """``steps`` frames of each stream, ``[B t, C, H, W]``, to ``[B t, C', H/stride, W/stride]``.
 
         ``state`` ``[B, 1, hidden]`` is the squeeze's, ``past`` ``[B, hidden, reach - 1, H W / stride²]`` the last
@@ -110,7 +110,7 @@ class CausalBlock(nn.Module):
         squeezed, state = average(_unfold(y.mean(dim=(2, 3)), steps), state)
         gate = torch.sigmoid(self.excite(F.hardswish(self.squeeze(squeezed.flatten(0, 1)))))
         y = self.project(y * gate.reshape(-1, self.hidden, 1, 1))
-        return (x + y if self.residual else y), (state, *kept)
+        return (x + y if self.residual else y), state, kept
 
 
 class StreamBackbone(Backbone):
@@ -143,22 +143,20 @@ class StreamBackbone(Backbone):
         return tuple(like.new_zeros(batch, *shape) for shape in self.state_shapes())
 
     def state_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the states without the batch: the averages' weight, the last average, then block by block."""
-        shapes: list[tuple[int, ...]] = [(1,), (1, self.features)]
+        """Shapes of the states without the batch: the averages' weight, all averages in a row (those of the blocks,
+        then the last), and the past of each block that has one."""
+        shapes: list[tuple[int, ...]] = [(1,), (1, sum(self._averaged()))]
         height, width = (_halved(side, 2) for side in self.size)
         for block in self._blocks():
             height, width = _halved(height, block.stride), _halved(width, block.stride)
-            shapes.append((1, block.hidden))
             if block.reach > 1:
                 shapes.append((block.hidden, block.reach - 1, height * width))
         return shapes
 
     def state_names(self) -> list[str]:
         """A name for each of the states, in the same order."""
-        names = ["weight", "average"]
-        for number, block in enumerate(self._blocks()):
-            names += [f"average_{number}", f"past_{number}"][: 1 if block.reach == 1 else 2]
-        return names
+        pasts = [f"past_{number}" for number, block in enumerate(self._blocks()) if block.reach > 1]
+        return ["weight", "averages", *pasts]
 
     def step(self, frames: Tensor, states: States) -> tuple[Tensor, States]:
         """uint8 or float32 0..255 ``[B, t, H, W, 3]`` and states to float32 ``[B, t, 480]`` and the next states."""
@@ -166,19 +164,24 @@ class StreamBackbone(Backbone):
         pictures = (frames.float().flatten(0, 1).permute(0, 3, 1, 2) - 127.5) / 127.5
         average = Average(steps, states[0])
         x = F.hardswish(self.stem(pictures))
-        left, renewed = list(states[2:]), []
-        for block in self._blocks():
-            state, past = left.pop(0), left.pop(0) if block.reach > 1 else None
-            x, kept = block(x, steps, average, state, past)
+        averages, pasts = torch.split(states[1], self._averaged(), dim=2), list(states[2:])
+        means, renewed = [], []
+        for block, before in zip(self._blocks(), averages, strict=False):
+            x, mean, kept = block(x, steps, average, before, pasts.pop(0) if block.reach > 1 else None)
+            means.append(mean)
             renewed += kept
         pooled = _unfold(F.hardswish(self.head(x)).mean(dim=(2, 3)), steps)
-        features, last = average(pooled, states[1])
-        return features, (average.weight, last, *renewed)
+        features, last = average(pooled, averages[-1])
+        return features, (average.weight, torch.cat([*means, last], dim=2), *renewed)
 
     def forward(self, video: Tensor, mask: Tensor) -> Sequence:
         """As ``Backbone.forward``; one token ``[B, 1, 480]``."""
         features, _ = self.step(hold(video, mask), self.initial_states(video.shape[0]))
         return whole(features[:, -1:], mask)
+
+    def _averaged(self) -> list[int]:
+        """Lengths of the averages."""
+        return [*(block.hidden for block in self._blocks()), self.features]
 
     def _blocks(self) -> list[CausalBlock]:
         return [block for block in self.blocks if isinstance(block, CausalBlock)]

@@ -60,7 +60,7 @@ def test_what_is_written(written: tuple[Path, Manifest, Path]) -> None:
     inputs = {tensor.name: tensor.shape for tensor in graph.inputs}
     assert inputs["frames"] == ("batch", HOP, SIZE, SIZE, 3) and inputs["frame_mask"] == ("batch", HOP)
     assert inputs["past_2"] == ("batch", 32, 4, 16)
-    names = ["weight", "average", "average_0", "average_1", "past_1", "average_2", "past_2"]
+    names = ["weight", "averages", "past_1", "past_2"]
     assert [(state.input, state.output) for state in branch.states] == [(name, f"next_{name}") for name in names]
     assert [head.output for head in branch.heads] == ["act", "place"]
 
@@ -225,7 +225,7 @@ def test_a_checkpoint_is_run_as_is_asked_for(tmp_path: Path) -> None:
     whole_model = build_model(card.model, pretrained=False).eval()
     save_model(tmp_path / "run", whole_model, card, None)
     stateful = checkpoint_pack(tmp_path / "run", ExportOptions(mode=Mode.STATEFUL))
-    assert stateful.branches[0].mode is Mode.STATEFUL and len(stateful.branches[0].states) == 2 + 15 + 14
+    assert stateful.branches[0].mode is Mode.STATEFUL and len(stateful.branches[0].states) == 2 + 14
     for options in (ExportOptions(), ExportOptions(mode=Mode.CLIP)):
         clip = checkpoint_pack(tmp_path / "run", options)
         assert clip.branches[0].mode is Mode.CLIP and clip.branches[0].states == ()
