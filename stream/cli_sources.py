@@ -19,7 +19,7 @@ sources_app = typer.Typer(help="The sources of a running service.", no_args_is_h
 ApiOption = Annotated[
     str | None,
     typer.Option(
-        "--api", envvar="SIGHTWIRE_API", help="Address of the service [default: by the settings].", metavar="URL"
+        "--api", envvar="SIGHTWIRE_SERVICE", help="Address of the service [default: by the settings].", metavar="URL"
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]

@@ -59,9 +59,18 @@ def touched(polygon: Polygon, height: int, width: int) -> NDArray[np.bool_]:
         at = x0 + (y[crossed] - y0) * (x1 - x0) / (y1 - y0) if y0 != y1 else np.zeros(0)
         inside[crossed] ^= x[None, :] < at[:, None]
     pixels = np.asarray(inside.reshape(height, _FINE, width, _FINE).any(axis=(1, 3)))
-    # An outline thinner than a quarter of a pixel passes between the points; its corners at least are there.
-    for corner_x, corner_y in polygon:
-        pixels[min(int(corner_y * height), height - 1), min(int(corner_x * width), width - 1)] = True
+    # What is thinner than a quarter of a pixel passes between the points: its outline does not.
+    return pixels | _outline(polygon, height, width)
+
+
+def _outline(polygon: Polygon, height: int, width: int) -> NDArray[np.bool_]:
+    """bool ``[H, W]``: pixels that the polygon's edges pass, looked at each quarter of a pixel."""
+    pixels = np.zeros((height, width), np.bool_)
+    along = np.linspace(0, 1, _FINE * (height + width) + 1)[:, None]
+    corners = np.array(polygon)
+    for first, last in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        x, y = (first + along * (last - first)).T
+        pixels[np.minimum((y * height).astype(int), height - 1), np.minimum((x * width).astype(int), width - 1)] = True
     return pixels
 
 

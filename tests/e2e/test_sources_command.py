@@ -18,7 +18,7 @@ CANARY = "hunter2canary"
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> int:
     found = free_port()
-    monkeypatch.setenv("SIGHTWIRE_API", f"http://127.0.0.1:{found}")
+    monkeypatch.setenv("SIGHTWIRE_SERVICE", f"http://127.0.0.1:{found}")
     return found
 
 
