@@ -1,16 +1,12 @@
-"""OpenVINO on the CPU. The only file that imports it and catches its exceptions."""
+"""OpenVINO on the CPU. The only file that catches its exceptions."""
 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-
-import numpy as np
 
 from engines.backends import Compiled, EngineOptions
 from engines.cache import ArtifactCache, CacheKey
@@ -18,6 +14,8 @@ from engines.checks import InputCheck, PortShape, check_interface, check_outputs
 from engines.errors import BackendUnavailable, GraphLoadError, InferenceError
 from engines.machine import machine_id
 from engines.manifest import GraphSpec, TensorSpec
+from engines.openvino_axes import put_height_first
+from engines.openvino_runtime import ov
 from engines.split import SplitEngine, best_part
 from engines.types import Array, EngineSpec, Tensors
 
@@ -25,41 +23,20 @@ _log = logging.getLogger(__name__)
 _DTYPES = {"u8": "uint8", "i64": "int64", "f32": "float32", "f16": "float16"}
 # A quantised graph says itself what is int8; the rest of it is fp32.
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
+_CHANGES = "height first"
+"""What is done to a model before it is compiled; engines compiled otherwise are not taken from the cache."""
 _CAPABILITIES = {"bf16": "BF16", "fp16": "FP16"}
-
-
-def _import_runtime() -> ModuleType:
-    """Import OpenVINO without its model converter.
-
-    ``import openvino`` pulls the converter in, which sends usage data over the network and writes into the home
-    folder. Nothing here needs it, and OpenVINO does without where it cannot be imported.
-    """
-    if "openvino" not in sys.modules:
-        sys.modules["openvino.tools.ovc"] = None  # type: ignore[assignment]
-        try:
-            import openvino
-        finally:
-            del sys.modules["openvino.tools.ovc"]
-    import openvino
-
-    return openvino  # type: ignore[no-any-return]
-
-
-_ov = _import_runtime()
-# OpenVINO's tables of types are set up at first use, and two threads that come to it at once wait for each other for
-# ever: one has the table's lock, the other the interpreter's. So they are used once here.
-_ov.Tensor(np.zeros(1, _ov.Type.f32.to_dtype()), shared_memory=True).data.sum()
 
 
 def version() -> str:
     """Version of OpenVINO."""
-    return str(_ov.__version__).split("-")[0]
+    return str(ov.__version__).split("-")[0]
 
 
 @cache
 def _core() -> Any:
     """The plugin registry; compiling on it is thread-safe."""
-    return _ov.Core()
+    return ov.Core()
 
 
 def load(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> OpenVinoEngine | SplitEngine:
@@ -110,7 +87,7 @@ def _key(graph: GraphSpec, options: EngineOptions) -> CacheKey:
     return CacheKey(
         onnx_sha256=file.sha256 if file is not None else "",
         backend="openvino",
-        version=str(_ov.__version__),
+        version=f"{ov.__version__} {_CHANGES}",
         device=machine_id(),
         precision=f"{options.precision}x{options.threads}",
         shapes="batch 1" if _one_by_one(graph) else "dynamic",
@@ -126,6 +103,7 @@ def compile_model(path: Path, pack: str, graph: GraphSpec, options: EngineOption
     """A graph compiled as every engine runs it. Raises ``ManifestError``, and ``RuntimeError`` from OpenVINO."""
     model = _core().read_model(str(path))
     _check_ports(pack, graph, model, fixed=False)
+    put_height_first(model)
     if _one_by_one(graph):
         # Other free sizes, where there are any, stay free.
         model.reshape({port: [1, *list(port.partial_shape)[1:]] for port in model.inputs})

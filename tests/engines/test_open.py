@@ -130,7 +130,8 @@ def test_a_manifest_that_disagrees_with_the_graph(tiny: Path, backend: str, tens
 def test_a_backend_that_is_not_installed(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, backend: str, module: str, remedy: str
 ) -> None:
-    monkeypatch.delitem(sys.modules, module, raising=False)
+    for imported in (module, "engines.openvino_axes", "engines.openvino_runtime"):
+        monkeypatch.delitem(sys.modules, imported, raising=False)
     monkeypatch.setitem(sys.modules, backend, None)
     message = refused(BackendUnavailable, tiny, backend)
     assert message.startswith(f"backend {backend} is not usable")
