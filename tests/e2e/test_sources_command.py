@@ -26,7 +26,9 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
 def service(tmp_path: Path, tiny_pack: Path, port: int) -> Iterator[Running]:
     """Watches what ``config.yaml`` names."""
     config = tmp_path / "config.yaml"
-    config.write_text(json.dumps({"sources": [{"id": "a", "url": LIVE}]}))
+    # Loopback is closed to sources of the API unless somebody opens it.
+    opened = {"networks": ["127.0.0.0/8"]}
+    config.write_text(json.dumps({"sources": [{"id": "a", "url": LIVE}], "api": opened}))
     options = ["--stay", "-q", "-c", str(config), "--pack", str(tiny_pack), "--http-port", str(port)]
     running = Running(tmp_path, "run", *options)
     yield running
