@@ -143,7 +143,7 @@ def load_pack(wanted: PackSettings, threads: int, folder: Path, name: str | None
     copies: list[LoadedPack] = []
     try:
         for _ in range(threads):
-            copies.append(_open(wanted, folder))
+            copies.append(_open(wanted, threads, folder))
         first = copies[0]
         manifest = with_hop(first.manifest, wanted.hop_s)
         _check_labels(manifest)
@@ -155,13 +155,14 @@ def load_pack(wanted: PackSettings, threads: int, folder: Path, name: str | None
         raise
 
 
-def _open(wanted: PackSettings, folder: Path) -> LoadedPack:
+def _open(wanted: PackSettings, threads: int, folder: Path) -> LoadedPack:
     try:
         return open_pack(
             folder,
             backend=wanted.backend,
             precision=wanted.precision,
             device=wanted.device,
+            engines=threads,
             require_parity=wanted.require_parity,
         )
     except MemoryError as error:
