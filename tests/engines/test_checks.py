@@ -77,3 +77,15 @@ def test_a_value_that_is_no_number_is_found(size: int, bad: float) -> None:
         logits[0, 1] = -bad
         with pytest.raises(InferenceError, match="output logits holds NaN or infinity"):
             check_outputs(SPEC, {"logits": logits})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_one_bad_number_among_thousands_is_found_and_large_ones_are_not_bad(value: float) -> None:
+    # So large that their squares are no float32.
+    logits = np.full((1000, 3), 3e38, np.float32)
+    check_outputs(SPEC, {"logits": logits})
+    logits[777, 1] = value
+    for given in (logits, np.asfortranarray(logits)):
+        with pytest.raises(InferenceError, match="output logits holds NaN or infinity"):
+            check_outputs(SPEC, {"logits": given})
