@@ -463,6 +463,8 @@ async def test_nothing_is_kept_of_a_source_that_ended_while_packs_were_compared(
             await asyncio.sleep(0.01)
         assert begun.phase is swapping.SwapPhase.DONE, begun.cause
         assert begun.figures is not None and begun.figures.windows > 0
+        # It still waits for the old engines to come to rest; a service that ends cuts that short.
+        await asyncio.gather(*service.swaps._tasks.values())
         service.stop()
         assert await running == []
     (pack,) = service._generations.values()
