@@ -71,7 +71,8 @@ def test_one_file_and_equal_captions_are_no_rivals() -> None:
 
 
 WORKER = """
-import json, sys
+import gc, json, sys
+from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -87,24 +88,30 @@ class Net(nn.Module):
         audio = F.normalize(self.audio(x), dim=1) * heard[:, None]
         return self.contrast({"video": F.normalize(self.video(x), dim=1), "audio": audio}, row[:, None])
 
+def step(rank, world):
+    torch.manual_seed(0)
+    net = Net()
+    x = torch.randn(6, 5)
+    heard = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 1.0])  # The processes have unequal numbers of pairs.
+    row = torch.tensor([0, 1, 2, 3, 4, 2])
+    model = DistributedDataParallel(net) if world > 1 else net
+    part = slice(rank * 6 // world, (rank + 1) * 6 // world)
+    loss = model(x[part], heard[part], row[part])
+    loss.backward()
+    if rank == 0:
+        print(json.dumps({"loss": loss.item(), "grads": [p.grad.flatten().tolist() for p in net.parameters()]}))
+
 rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
-torch.manual_seed(0)
-net = Net()
-x = torch.randn(6, 5)
-heard = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 1.0])  # The processes have unequal numbers of pairs.
-row = torch.tensor([0, 1, 2, 3, 4, 2])
-model = net
 if world > 1:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    model = DistributedDataParallel(net)
-part = slice(rank * 6 // world, (rank + 1) * 6 // world)
-loss = model(x[part], heard[part], row[part])
-loss.backward()
-if rank == 0:
-    print(json.dumps({"loss": loss.item(), "grads": [p.grad.flatten().tolist() for p in net.parameters()]}))
+step(rank, world)
 if world > 1:
     dist.destroy_process_group()
+    # The model has held the group's threads, and one that still runs when the interpreter ends takes it down.
+    gc.collect()
+    alive = [Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    assert not [name for name in alive if "gloo" in name], alive
 """
 
 
