@@ -93,7 +93,7 @@ class SourceSettings(Section):
     """Whether to leave undecoded what no pack needs: all but key frames, or what no other frame refers to."""
     scaling: Scaling = Scaling.FAST
     read_timeout_s: Seconds = 1.0
-    """How long a read may wait before the stop flag is looked at again."""
+    """How long a read of RTP over UDP, or of a device, may wait before the stop flag is looked at again."""
     stall_timeout_s: Seconds = 5.0
     """A live source that delivers nothing for this long is lost."""
     verify_tls: bool = True

@@ -18,7 +18,7 @@ from stream.ingest.assemble import Assembler
 from stream.ingest.capture import LiveCapture
 from stream.ingest.connection import Connection
 from stream.ingest.decode import Decoder, FrameRenderer, Selected, read_packets, select_streams
-from stream.ingest.errors import Failure, check_network_url, failure, map_av_error
+from stream.ingest.errors import Failure, check_network_url, map_av_error
 from stream.ingest.file import Pacer
 from stream.ingest.link import Link
 from stream.ingest.protocols import open_by
@@ -81,7 +81,7 @@ class NetworkSource:
         return self._settings.id
 
     def run(self, emit: Emit, stop: StopFlag) -> None:
-        """See ``stream.types.Source``; ends within two read timeouts of ``stop``.
+        """See ``stream.types.Source``; ends soon after ``stop``, a silent camera within the timeout of its stall.
 
         Raises ``SourceError`` when the camera cannot be reached, falls silent or ends the stream.
         """
@@ -210,12 +210,16 @@ class NetworkSource:
 
         def on_silence() -> bool:
             if self._clock.monotonic_ns() - newest_ns >= stall_ns:
-                raise failure(self.source_id, self._url, Failure.STALLED)
+                raise link.failure(Failure.STALLED)
             return not link.stop.is_set()
 
         pacer = Pacer(newest_ns) if connection.paced else None
+        asked_ns = newest_ns
         for packet in read_packets(connection.container, selected.all, self.stats, on_silence):
             newest_ns = self._clock.monotonic_ns()
+            # Of a read that is broken off, FFmpeg first gives what its parsers held.
+            if connection.patience is None and newest_ns - asked_ns >= stall_ns:
+                raise link.failure(Failure.STALLED)
             if pacer is not None and packet.dts is not None:
                 due_ns = pacer.due(to_ns(packet.dts, packet.time_base))
                 if newest_ns - due_ns > BEHIND_NS:
@@ -224,3 +228,4 @@ class NetworkSource:
                     link.stop.wait((due_ns - newest_ns) / NS_PER_S)
                     newest_ns = due_ns
             yield packet, newest_ns
+            asked_ns = self._clock.monotonic_ns()

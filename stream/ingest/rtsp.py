@@ -11,7 +11,7 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Stream
 
-from stream.ingest.connection import FORMATS, Connection
+from stream.ingest.connection import FORMATS, SPARE_S, Connection
 from stream.ingest.errors import Failure, check_network_url
 from stream.ingest.link import Link, Patience
 from stream.ingest.relay import Relay, address_of
@@ -57,12 +57,17 @@ def open_rtsp(link: Link, transport: Transport, media: list[str]) -> Connection:
     if media:
         options["allowed_media_types"] = "+".join(media)
     if link.guard is None and link.settings.scheme == "rtsp":
-        return Connection(_open(link, link.url, options), close=lambda: None)
+        # A read that is broken off within a packet loses the packet's beginning, and over TCP the next one is then
+        # looked for at the wrong place, so that only a stall breaks one off.
+        tcp = transport is Transport.TCP
+        read_s = link.settings.stall_timeout_s if tcp else link.settings.read_timeout_s
+        return Connection(_open(link, link.url, options, read_s), close=lambda: None)
     patience = Patience(link)
     address = address_of(link, PORTS[link.settings.scheme])
     relay = Relay(link, address, patience, tls=address.scheme == "rtsps", redirects=True)
     try:
-        container = _open(link, address.url("rtsp", relay.authority), options, patience)
+        read_s = link.settings.stall_timeout_s + SPARE_S
+        container = _open(link, address.url("rtsp", relay.authority), options, read_s, patience)
     except BaseException:
         relay.close()
         raise
@@ -71,11 +76,13 @@ def open_rtsp(link: Link, transport: Transport, media: list[str]) -> Connection:
     return Connection(container, relay.close, patience)
 
 
-def _open(link: Link, url: str, options: dict[str, str], patience: Patience | None = None) -> InputContainer:
+def _open(
+    link: Link, url: str, options: dict[str, str], read_s: float, patience: Patience | None = None
+) -> InputContainer:
     settings = link.settings
     started_s = time.monotonic()
     try:
-        return av.open(url, options=options, timeout=(settings.open_timeout_s, settings.read_timeout_s))
+        return av.open(url, options=options, timeout=(settings.open_timeout_s, read_s))
     except av.error.FFmpegError:
         if patience is not None and patience.error is not None:
             raise patience.error from None

@@ -12,6 +12,8 @@ from typing import Self
 
 _CLIENT_PORTS = re.compile(rb"client_port=(\d+)-(\d+)")
 _DATAGRAM = 65_536
+_MEDIA = 500
+"""Bytes; no request of a client is longer."""
 
 
 class Relay:
@@ -26,6 +28,7 @@ class Relay:
         self._loss = loss
         self._random = random.Random(seed)
         self._holding = threading.Event()
+        self._clogging, self._clogged, self._flowing = threading.Event(), threading.Event(), threading.Event()
         self._ending = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -54,9 +57,20 @@ class Relay:
         self._open.clear()
         self._holding.clear()
 
+    def clog(self) -> None:
+        """Nothing of a TCP connection passes any more, from the last byte of a packet on. Returns when that is so."""
+        self._clogging.set()
+        assert self._clogged.wait(20), "nothing came through"
+
+    def unclog(self) -> None:
+        """Everything held back goes on its way."""
+        self._clogging.clear()
+        self._flowing.set()
+
     def close(self) -> None:
         """End it, and every thread of it."""
         self._ending.set()
+        self._flowing.set()
         self._listener.close()
         for thread in self._threads:
             thread.join(10)
@@ -100,6 +114,11 @@ class Relay:
                     return
                 if rewriting:
                     data = _CLIENT_PORTS.sub(self._pair, data)
+                if self._clogging.is_set() and len(data) > _MEDIA:
+                    sink.sendall(data[:-1])
+                    data = data[-1:]
+                    self._clogged.set()
+                    self._flowing.wait()
                 sink.sendall(data)
                 if not data:
                     sink.shutdown(socket.SHUT_WR)
