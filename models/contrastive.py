@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import combinations
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 
 from models.losses import info_nce
 from models.types import Inputs, Targets
@@ -59,11 +59,24 @@ def gather_rows(rows: Tensor) -> Tensor:
     """``[B, ...]`` to ``[processes x B, ...]``, in the order of processes; gradients flow back to their owners."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
-    if rows.requires_grad:
-        return torch.cat(all_gather(rows))  # type: ignore[no-untyped-call]
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+    gathered: Tensor = _Gather.apply(rows)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    """Every process weighs the rows of all, so that the gradients of a row from all processes are added."""
+
+    @staticmethod
+    def forward(_: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        summed = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed)
+        return summed.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def likeness(inputs: Inputs, targets: Targets) -> Tensor:

@@ -10,6 +10,7 @@ run is its tensors and a few numbers, and a run that was killed goes on to the s
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate import Accelerator, PartialState  # type: ignore[import-untyped]
 from accelerate.utils import DistributedDataParallelKwargs, broadcast  # type: ignore[import-untyped]
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
@@ -385,3 +386,6 @@ if __name__ == "__main__":
         train(Path(sys.argv[1]))
     except ModelError as problem:
         sys.exit(f"error: {problem}")
+    # Threads of processes that shared the work take the interpreter down if they are still there at its end.
+    PartialState().destroy_process_group()
+    gc.collect()

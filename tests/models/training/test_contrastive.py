@@ -74,6 +74,7 @@ WORKER = """
 import gc, json, sys
 from pathlib import Path
 import torch
+import torch._dynamo  # Imported while DistributedDataParallel is made, it would keep the group for good.
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
