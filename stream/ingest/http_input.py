@@ -8,22 +8,25 @@ import http.client
 import io
 import re
 import secrets
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 from urllib.parse import quote, urljoin
 from urllib.request import parse_http_list, parse_keqv_list
 
 from stream.errors import SourceError
 from stream.ingest.address import Address, NotAnAddress, parse_address
+from stream.ingest.bounds import MediaPatience
 from stream.ingest.errors import Failure, map_os_error
-from stream.ingest.link import Link, Patience, PatientSocket
+from stream.ingest.http_wire import Body, Wire, exchange
+from stream.ingest.link import Link, PatientSocket
 
 MAX_REDIRECTS = 5
 PORTS = {"http": 80, "https": 443}
 _HASHES = {"MD5": "md5", "SHA-256": "sha256"}
 _UNSAFE = re.compile(r"[^\x21\x24-\x3b\x3d\x3f-\x5b\x5d\x5f\x61-\x7a\x7e]")
 """What may not stand in a URL and is commonly found there all the same; ``%`` is kept."""
+
+_DIGITS = re.compile(r"[0-9]{1,18}")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-")
 
 
 class HttpInput:
@@ -32,25 +35,25 @@ class HttpInput:
     Making one sends the request. Raises ``SourceError`` when there is no body to read.
     """
 
-    def __init__(self, link: Link, url: str, patience: Patience, first: int = 0, last: int | None = None) -> None:
+    def __init__(self, link: Link, url: str, patience: MediaPatience, first: int = 0, last: int | None = None) -> None:
         """``first`` and ``last`` are the bytes wanted of it."""
         self._link = link
         self._patience = patience
         self._url = url
         self._first, self._last = first, last
         self._position = 0
-        self._response, self._closer = self._request(0)
+        self._body = self._request(0)
         self.url = self._address(self._url).url(login=False)
         """Where it was found, after redirects; without user info."""
-        self.content_type = self._response.headers.get_content_type()
+        self.content_type = self._body.headers.get_content_type()
         self._length = self._body_length()
-        self._rewinds = self._length is not None and "bytes" in self._response.headers.get("Accept-Ranges", "")
+        self._rewinds = self._length is not None and "bytes" in self._body.headers.get("Accept-Ranges", "")
         self._begin = b""
         self.closed = False
 
     def _body_length(self) -> int | None:
-        text = self._response.headers.get("Content-Length", "")
-        return int(text) if text.isascii() and text.isdigit() else None
+        text = self._body.headers.get("Content-Length", "")
+        return int(text) if _DIGITS.fullmatch(text) else None
 
     @property
     def finite(self) -> bool:
@@ -72,7 +75,7 @@ class HttpInput:
 
     def _read(self, size: int) -> bytes:
         try:
-            return self._response.read1(size)
+            return self._body.read(size)
         except (http.client.HTTPException, OSError, ValueError):
             self._patience.fail(self._link.failure(Failure.CONNECTION_LOST))
             return b""
@@ -86,16 +89,16 @@ class HttpInput:
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Read from there next. Raises ``OSError`` for where no byte is."""
+        """Read from there next; -1 for where no byte is. Raises nothing, as ``read``."""
         length = self._length or 0
-        target = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: length}[whence] + offset
-        if not 0 <= target <= length:
-            raise OSError("beyond the end")
+        target = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: length}.get(whence, -1) + offset
+        if whence not in (io.SEEK_SET, io.SEEK_CUR, io.SEEK_END) or not 0 <= target <= length:
+            return -1
         if target != self._position:
             self._begin = b""
-            self._hang_up()
+            self._body.close()
             try:
-                self._response, self._closer = self._request(target)
+                self._body = self._request(target)
             except SourceError as error:
                 self._patience.fail(error)
             self._position = target
@@ -104,34 +107,38 @@ class HttpInput:
     def close(self) -> None:
         """Close the connection; reading is over."""
         self.closed = True
-        self._hang_up()
+        self._body.close()
 
-    def _hang_up(self) -> None:
-        self._response.close()
-        self._closer()
-
-    def _request(self, offset: int) -> tuple[http.client.HTTPResponse, Callable[[], None]]:
+    def _request(self, offset: int) -> Body:
         """The answer to a request for the bytes from ``offset`` on, redirects followed. Raises ``SourceError``."""
         address = self._address(self._url)
         authorization: str | None = None
         for _ in range(MAX_REDIRECTS + 1):
-            response, close = self._exchange(address, offset, authorization)
-            if response.status in (301, 302, 303, 307, 308):
-                close()
-                address = self._redirected(address, response.headers.get("Location", ""))
+            body = self._exchange(address, offset, authorization)
+            if body.status in (301, 302, 303, 307, 308):
+                body.close()
+                address = self._redirected(address, body.headers.get("Location", ""))
                 authorization = None
                 continue
-            if response.status == 401 and authorization is None and address.user is not None:
-                close()
-                authorization = _answer(response.headers.get_all("WWW-Authenticate", []), address)
+            if body.status == 401 and authorization is None and address.user is not None:
+                body.close()
+                authorization = _answer(body.headers.get_all("WWW-Authenticate", []), address)
                 if authorization is not None:
                     continue
-            if response.status in ((206,) if self._range(offset) is not None and offset else (200, 206)):
+            if body.status == 206 or (body.status == 200 and not self._first + offset):
                 self._url = address.url(login=False)
-                return response, close
-            close()
-            raise self._refused(response.status)
+                self._check_part(body, offset)
+                return body
+            body.close()
+            raise self._refused(body.status)
         raise self._link.failure(Failure.SERVER, f"more than {MAX_REDIRECTS} redirects; check the address")
+
+    def _check_part(self, body: Body, offset: int) -> None:
+        """Raise ``SourceError`` when the server sends another part than was asked for."""
+        part = _CONTENT_RANGE.match(body.headers.get("Content-Range", ""))
+        if part is not None and int(part[1]) != self._first + offset:
+            body.close()
+            raise self._link.failure(Failure.SERVER, "the server sends another part than it was asked for")
 
     def _address(self, url: str) -> Address:
         """Where to ask; the source's credentials go to its own server and to no other."""
@@ -141,7 +148,11 @@ class HttpInput:
         return replace(target, user=own.user if same else None, password=own.password if same else None)
 
     def _redirected(self, address: Address, location: str) -> Address:
-        target = self._address(urljoin(address.url(login=False), location).partition("#")[0])
+        try:
+            joined = urljoin(address.url(login=False), location).partition("#")[0]
+        except ValueError:
+            raise self._link.failure(Failure.SERVER, "a redirect leads to no address; check the server") from None
+        target = self._address(joined)
         if address.scheme == "https" and target.scheme == "http":
             raise self._link.failure(Failure.FORBIDDEN, "a redirect leads from HTTPS to HTTP; check the address")
         return target
@@ -152,25 +163,20 @@ class HttpInput:
             return None
         return f"bytes={first}-{'' if self._last is None else self._last}"
 
-    def _exchange(
-        self, address: Address, offset: int, authorization: str | None
-    ) -> tuple[http.client.HTTPResponse, Callable[[], None]]:
-        headers = {"User-Agent": "sightwire", "Accept": "*/*", "Connection": "close"}
+    def _exchange(self, address: Address, offset: int, authorization: str | None) -> Body:
+        headers: dict[str, str | bytes] = {"User-Agent": "sightwire", "Accept": "*/*", "Connection": "close"}
         if (wanted := self._range(offset)) is not None:
             headers["Range"] = wanted
         if authorization is not None:
-            headers["Authorization"] = authorization
-        connection = http.client.HTTPConnection(address.host, address.port)
+            headers["Authorization"] = authorization.encode()
         secure = address.scheme == "https"
         if address.port == PORTS[address.scheme]:
             headers["Host"] = f"[{address.host}]" if ":" in address.host else address.host
-        self._patience.got_data()
-        wire = PatientSocket(self._link.connect(address.host, address.port, tls=secure), self._link, self._patience)
-        plug: Any = _Plug(wire)
-        connection.sock = plug
+        self._patience.next_resource()
+        connection = self._link.connect(address.host, address.port, tls=secure)
+        wire = Wire(PatientSocket(connection, self._link, self._patience), self._link, self._patience)
         try:
-            connection.request("GET", _target(address), headers=headers)
-            return connection.getresponse(), wire.close
+            return exchange(wire, address.host, address.port, _target(address), headers)
         except http.client.HTTPException:
             wire.close()
             raise self._patience.error or self._link.failure(self._silence()) from None
@@ -187,6 +193,8 @@ class HttpInput:
             return self._link.failure(Failure.CREDENTIALS)
         if status in (404, 410):
             return self._link.failure(Failure.NOT_FOUND)
+        if status == 200:
+            return self._link.failure(Failure.SERVER, "the server gives no parts of files, where parts are needed")
         return self._link.failure(Failure.SERVER, f"the server answered with status {status}; look into its log")
 
 
@@ -200,22 +208,6 @@ def _parsed(link: Link, url: str) -> Address:
         raise link.failure(Failure.BAD_URL, str(error)) from None
 
 
-class _Plug:
-    """As much of a socket as ``http.client`` uses; the body goes on being read after it has closed this."""
-
-    def __init__(self, wire: PatientSocket) -> None:
-        self._wire = wire
-
-    def sendall(self, data: bytes) -> None:
-        self._wire.sendall(data)
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self._wire, 65_536)
-
-    def close(self) -> None:
-        pass
-
-
 def _target(address: Address) -> str:
     return address.path if address.path.startswith("/") else f"/{address.path}"
 
@@ -225,11 +217,19 @@ def _answer(challenges: list[str], address: Address) -> str | None:
     user, password = address.user or "", address.password or ""
     for challenge in challenges:
         scheme, _, rest = challenge.partition(" ")
-        if scheme.lower() == "digest" and (header := _digest(parse_keqv_list(parse_http_list(rest)), address)):
+        if scheme.lower() == "digest" and (header := _digest(_fields(rest), address)):
             return header
     if any(challenge.split(" ")[0].lower() == "basic" for challenge in challenges):
         return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
     return None
+
+
+def _fields(challenge: str) -> dict[str, str]:
+    """The fields of a challenge; none when it is malformed."""
+    try:
+        return parse_keqv_list(parse_http_list(challenge))
+    except (ValueError, IndexError):
+        return {}
 
 
 def _digest(challenge: dict[str, str], address: Address) -> str | None:

@@ -8,10 +8,12 @@ from urllib.parse import parse_qs, urlsplit
 import av
 
 from stream.errors import SourceError
+from stream.ingest.bounds import MediaPatience
 from stream.ingest.connection import FORMATS, PROBE, Connection, open_container
 from stream.ingest.errors import Failure
-from stream.ingest.hls import MARK, HlsRequests
 from stream.ingest.hls import OPTIONS as HLS_OPTIONS
+from stream.ingest.hls import HlsRequests
+from stream.ingest.hls_playlist import MARK
 from stream.ingest.http_input import HttpInput
 from stream.ingest.link import Link, Patience
 from stream.ingest.relay import Relay, address_of
@@ -51,7 +53,7 @@ def open_rtmp(link: Link, stats: DecodeStats) -> Connection:
 
 def open_http(link: Link, stats: DecodeStats) -> Connection:
     """What HTTP serves: a stream (FLV, MPEG-TS, MJPEG, …), a playlist (HLS) or a file."""
-    patience = Patience(link)
+    patience = MediaPatience(link, stats)
     resource = HttpInput(link, link.url, patience)
     if resource.peek(len(MARK)) == MARK:
         return _open_hls(link, resource, patience, stats)
@@ -64,7 +66,7 @@ def open_http(link: Link, stats: DecodeStats) -> Connection:
     return Connection(container, resource.close, patience, paced=resource.finite, timed=not pictures)
 
 
-def _open_hls(link: Link, playlist: HttpInput, patience: Patience, stats: DecodeStats) -> Connection:
+def _open_hls(link: Link, playlist: HttpInput, patience: MediaPatience, stats: DecodeStats) -> Connection:
     requests = HlsRequests(link, playlist, patience, stats)
     try:
         container = open_container(
@@ -78,14 +80,14 @@ def _open_hls(link: Link, playlist: HttpInput, patience: Patience, stats: Decode
 
 def open_udp(link: Link, stats: DecodeStats) -> Connection:
     """MPEG-TS over UDP."""
-    patience = Patience(link)
+    patience = MediaPatience(link, stats)
     datagrams = UdpInput(link, patience)
     return _open_transport_stream(link, patience, datagrams)
 
 
 def open_srt(link: Link, stats: DecodeStats) -> Connection:
     """MPEG-TS over SRT."""
-    patience = Patience(link)
+    patience = MediaPatience(link, stats)
     messages = SrtInput(link, patience)
     return _open_transport_stream(link, patience, messages)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from urllib.parse import parse_qs
 
 from stream.ingest.address import Forbidden, endpoints
+from stream.ingest.bounds import MediaPatience
 from stream.ingest.errors import Failure, map_os_error
-from stream.ingest.link import POLL_S, Link, Patience
+from stream.ingest.link import POLL_S, Link
 from stream.ingest.relay import address_of
 from stream.ingest.srt_library import (
     CONNTIMEO,
@@ -22,12 +23,13 @@ from stream.ingest.srt_library import (
 
 PORT = 9710
 OPTIONS = ("streamid", "passphrase", "latency")
+LATENCY_MS = range(60_001)
 
 
 class SrtInput:
     """Calls the sender, and reads its messages. ``latency`` is in ms."""
 
-    def __init__(self, link: Link, patience: Patience) -> None:
+    def __init__(self, link: Link, patience: MediaPatience) -> None:
         """Raises ``SourceError``."""
         self._link = link
         self._patience = patience
@@ -58,7 +60,10 @@ class SrtInput:
         self._socket.set_number(CONNTIMEO, int(self._link.settings.open_timeout_s * 1000))
         self._socket.set_number(RCVTIMEO, int(POLL_S * 1000))
         if "latency" in given:
-            self._socket.set_number(LATENCY, int(given["latency"]))
+            latency_ms = int(given["latency"])
+            if latency_ms not in LATENCY_MS:
+                raise ValueError(latency_ms)
+            self._socket.set_number(LATENCY, latency_ms)
         if "passphrase" in given:
             self._socket.set_text(PASSPHRASE, given["passphrase"])
         if "streamid" in given:
@@ -74,8 +79,9 @@ class SrtInput:
                     continue
                 self._patience.fail(self._link.failure(Failure.CONNECTION_LOST))
                 break
-            self._patience.got_data()
-            return data
+            self._patience.got_bytes(len(data))
+            # PyAV has no room for more than it asks for.
+            return data[:size]
         return b""
 
     def close(self) -> None:
@@ -85,11 +91,11 @@ class SrtInput:
 
 def _cause(error: SrtError | ValueError) -> tuple[Failure, str | None]:
     if isinstance(error, ValueError):
-        return Failure.BAD_URL, "latency is a number of ms"
+        return Failure.BAD_URL, "latency is a number of ms, at most 60000"
     if error.wrong_secret:
         return Failure.CREDENTIALS, "wrong or missing passphrase; correct it in the address"
     if error.rejected:
         return Failure.REFUSED, "the sender refuses the call; check streamid, and that it listens"
     if error.code >= 5000 and error.code < 6000:
-        return Failure.BAD_URL, "an option is not possible: a passphrase has 10 to 79 characters"
+        return Failure.BAD_URL, "an option is not possible: a passphrase has 10 to 79 characters, a streamid up to 512"
     return Failure.TIMEOUT, None

@@ -7,8 +7,9 @@ import socket
 import struct
 from urllib.parse import parse_qs, urlsplit
 
+from stream.ingest.bounds import MediaPatience
 from stream.ingest.errors import Failure, map_os_error
-from stream.ingest.link import POLL_S, Link, Patience
+from stream.ingest.link import POLL_S, Link
 
 BUFFER_BYTES = 4 << 20
 """Asked of the system, which may grant less: a key frame comes as a burst."""
@@ -18,7 +19,7 @@ _LARGEST = 65_536
 class UdpInput:
     """Listens at ``udp://address:port``; a group is joined, on ``?localaddr=`` where given."""
 
-    def __init__(self, link: Link, patience: Patience) -> None:
+    def __init__(self, link: Link, patience: MediaPatience) -> None:
         """Raises ``SourceError`` when the address is none of this machine's, or is taken."""
         self._link = link
         self._patience = patience
@@ -48,7 +49,7 @@ class UdpInput:
                 self._patience.fail(map_os_error(self._link.settings.id, self._link.url, error))
                 break
             if data:
-                self._patience.got_data()
+                self._patience.got_bytes(len(data))
                 # FFmpeg reads as much as a datagram can hold; a larger one is no stream for it.
                 return data[:size]
         return b""

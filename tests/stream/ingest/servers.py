@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -214,3 +214,61 @@ def pictures(handler: Handler, images: list[bytes], pause: Callable[[], None]) -
         handler.wfile.write(head + image + b"\r\n")
         pause()
     handler.close_connection = True
+
+
+def drip(handler: Handler, data: bytes, over: threading.Event, pause_s: float = 0.02) -> None:
+    """Answer with one byte after the other until ``over``, then over again."""
+    handler.send_response(200)
+    handler.send_header("Connection", "close")
+    handler.end_headers()
+    while not over.is_set():
+        for at in range(len(data)):
+            handler.wfile.write(data[at : at + 1])
+            if over.wait(pause_s):
+                break
+    handler.close_connection = True
+
+
+class RawServer:
+    """Takes each connection, reads a request and lets ``answer`` say what it likes, on a thread of its own."""
+
+    def __init__(self, answer: Callable[[socket.socket], None], host: str = "127.0.0.1") -> None:
+        self._listener = socket.create_server((host, 0))
+        self._answer = answer
+        self.port = int(self._listener.getsockname()[1])
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
+
+    def _talk(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            connection.settimeout(30)
+            while b"\r\n\r\n" not in connection.recv(65_536):
+                pass
+            self._answer(connection)
+
+    def url(self, path: str = "/cam") -> str:
+        """Address of a path."""
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def close(self) -> None:
+        """Take no more connections."""
+        # Closing alone does not wake a thread that waits to accept.
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def for_ever(connection: socket.socket, data: bytes, pause_s: float = 0.0) -> None:
+    """Send it again and again, until the other side has had enough."""
+    pause = threading.Event()
+    while True:
+        connection.sendall(data)
+        if pause_s:
+            pause.wait(pause_s)
