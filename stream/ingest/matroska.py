@@ -6,6 +6,7 @@ import binascii
 import errno
 import os
 from base64 import b64decode, b64encode
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -18,8 +19,9 @@ import numpy as np
 from av.container import InputContainer, OutputContainer
 from av.packet import Packet, PacketSideData, PktSideDataT
 from av.stream import Disposition, Stream
+from av.video.stream import VideoStream
 
-from stream.ingest.bitstream import adts_header, start_codes, with_start_codes
+from stream.ingest.bitstream import adts_header, av1_head, start_codes, vp9_hides, with_start_codes
 from stream.ingest.decode import MediaStream
 from stream.ingest.recording import (
     NO_RECORDING,
@@ -39,7 +41,7 @@ from stream.ingest.recording import (
     note_from_text,
     note_to_text,
 )
-from stream.ingest.template import Template, add_stream, padded_packet
+from stream.ingest.template import Header, Template, add_stream, padded_packet
 
 SIDE_NAMES: tuple[str, ...] = get_args(PktSideDataT)
 _KEPT_SIDE: tuple[PktSideDataT, ...] = ("new_extradata", "param_change", "skip_samples", "palette")
@@ -95,7 +97,7 @@ class PartWriter:
     ``OSError`` (a full disk) and ``av.error.FFmpegError`` pass through.
     """
 
-    def __init__(self, path: Path, template: Template, title: Title, extradata: dict[int, bytes]) -> None:
+    def __init__(self, path: Path, template: Template, title: Title, header: Header) -> None:
         self.path = path
         self._file = open(path, "xb", buffering=0, opener=_private)  # noqa: SIM115 - closed by close
         self._container: OutputContainer = av.open(self._file, "w", format="matroska", options=_WRITE)
@@ -103,8 +105,7 @@ class PartWriter:
         self._tracks = []
         for index, stream in enumerate(template.streams):
             track = add_stream(self._container, stream)
-            if index in extradata:
-                track.codec_context.extradata = extradata[index]
+            header.tell(index, track)
             self._tracks.append(track)
         self._notes = self._container.add_mux_stream("subrip")
         self._notes.disposition = Disposition(0)
@@ -113,7 +114,12 @@ class PartWriter:
         self._expansions = template.expansions
         self._adts = template.adts
         self._annexb = {index for index, track in enumerate(template.tracks) if track.parameter_sets is not None}
+        self._codecs = template.codecs
         self._bases = [Fraction(*track.time_base) for track in template.tracks]
+        self._recent: deque[Media] = deque(maxlen=2 * len(self._tracks))
+        self._last_note, self._note_ms = "", -1
+        self.unfit = 0
+        """Packets that Matroska does not take as they are; they are kept as text."""
 
     @property
     def size(self) -> int:
@@ -123,14 +129,12 @@ class PartWriter:
     def write(self, media: Media) -> None:
         """Append a packet."""
         stamp, base = media.stamp, self._bases[media.track]
-        data, head = self._expand(media), b""
-        if media.track in self._adts:
-            head = adts_header(data)
-        elif media.track in self._annexb:
-            head = start_codes(data) or b""
-        if len(head) == len(data) or (media.track in self._annexb and not head):
+        data = self._expand(media)
+        head = self._head(media.track, data)
+        if head is None or len(head) == len(data):
             # Nothing would be left of it, or not the same.
-            self._write_as_text(media, data)
+            self.unfit += 1
+            self._write_as_text(media)
             return
         packet = padded_packet(data)
         packet.stream = self._tracks[media.track]
@@ -142,14 +146,39 @@ class PartWriter:
         # Matroska's BlockAddID, then what it holds.
         packed = replace(stamp, head=head).pack(SIDE_NAMES)
         _set_side(packet, _BLOCK_ADDITIONAL, (1).to_bytes(8, "big") + packed)
+        self._recent.append(media)
+        self._mux(packet)
+
+    def _head(self, track: int, data: bytes) -> bytes | None:
+        """What the muxer takes off a packet; ``None`` when it would not come back the same."""
+        if track in self._adts:
+            return adts_header(data)
+        if track in self._annexb:
+            return start_codes(data)
+        codec = self._codecs[track]
+        if codec == "av1":
+            return av1_head(data)
+        return None if codec == "vp9" and vp9_hides(data) else b""
+
+    def _mux(self, packet: Packet[Stream]) -> None:
+        """Hand a packet to the muxer, which looks into some: a decoder may still make something of one it refuses.
+
+        What it refuses may be this packet, or one of those before, which it held back until it knew a later time.
+        """
         try:
             self._container.mux(packet)
-        except (av.error.InvalidDataError, av.error.ArgumentError):
-            # The muxer looks into some packets; a decoder may still make something of this one.
-            self._write_as_text(media, data)
+        except av.error.FFmpegError as error:
+            if isinstance(error, OSError):
+                raise
+            self.unfit += 1
+            refused = list(self._recent)
+            self._recent.clear()
+            # Readers take no notice of those that are in the file already.
+            for media in refused:
+                self._write_as_text(media)
 
-    def _write_as_text(self, media: Media, data: bytes) -> None:
-        packed = media.stamp.pack(SIDE_NAMES)
+    def _write_as_text(self, media: Media) -> None:
+        packed, data = media.stamp.pack(SIDE_NAMES), self._expand(media)
         self.note(Unfit(media.stamp.number, media.track, b64encode(packed).decode(), b64encode(data).decode()))
 
     def _expand(self, media: Media) -> bytes:
@@ -162,16 +191,25 @@ class PartWriter:
         """Append a note."""
         if isinstance(note, Connected):
             self._time.restart()
-        packet = padded_packet(note_to_text(note).encode())
+        self._write_note(note_to_text(note))
+
+    def _write_note(self, text: str) -> None:
+        self._last_note = text
+        self._note_ms = max(self._note_ms + 1, self._time.newest_ms)
+        packet = padded_packet(text.encode())
         packet.stream = self._notes
         packet.time_base = Fraction(1, 1000)
-        packet.pts = packet.dts = self._time.newest_ms
+        packet.pts = packet.dts = self._note_ms
         packet.duration = 1
-        self._container.mux(packet)
+        self._mux(packet)
 
     def close(self) -> None:
         """Write what is left, and the index."""
         try:
+            if self._recent and self._last_note:
+                # Said twice, it brings out what the muxer holds back, while that can still be kept as text.
+                self._note_ms = max(self._note_ms, self._time.newest_ms)
+                self._write_note(self._last_note)
             self._container.close()
         finally:
             self._file.close()
@@ -277,6 +315,8 @@ def in_order(entries: Iterator[Entry], first: int = 0, patience: int = 4096) -> 
 def decodes_as_it_came(stream: MediaStream, track: Track) -> None:
     """Have the stream's decoder take packets as the source sent them."""
     stream.time_base = Fraction(*track.time_base)
+    if isinstance(stream, VideoStream):
+        stream.codec_context.reorder_depth = track.reorder
     if track.parameter_sets is not None:
         stream.codec_context.extradata = b64decode(track.parameter_sets) or None
 

@@ -126,6 +126,8 @@ class Track:
     """Nominal interval between frames; 0 when not announced."""
     parameter_sets: str | None = None
     """In base64, those announced for packets that are cut at start codes; Matroska keeps these behind lengths."""
+    reorder: int = 0
+    """Frames that the decoder is to hold back at first to put them in order, as far as FFmpeg had found out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +289,10 @@ def numbered(path: Path) -> tuple[Path, int]:
 
 @dataclass(slots=True)
 class PlayTime:
-    """Times for ordinary players: one line that only goes forward, whatever the source's timestamps do."""
+    """Times for ordinary players: one line that only goes forward, whatever the source's timestamps do.
+
+    No two packets of a track are decoded at once: FFmpeg holds packets back until it has seen a later time.
+    """
 
     _offset_ns: int | None = None
     _newest_ns: int = 0
@@ -307,7 +312,7 @@ class PlayTime:
         self._newest_ns = max(self._newest_ns, shown_ns)
         pts_ms = shown_ns // NS_PER_MS
         wanted_ms = last_ms + 1 if dts_ns is None else (dts_ns + self._offset_ns) // NS_PER_MS
-        dts_ms = max(last_ms, 0, min(wanted_ms, pts_ms))
+        dts_ms = max(last_ms + 1, min(wanted_ms, pts_ms))
         self._dts_ms[track] = dts_ms
         return max(pts_ms, dts_ms), dts_ms
 

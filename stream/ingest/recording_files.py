@@ -11,14 +11,14 @@ from typing import Any
 from stream.clock import NS_PER_S
 from stream.ingest.matroska import Media, PartWriter
 from stream.ingest.recording import Connected, Note, Title, existing_parts, part_path
-from stream.ingest.template import Template
+from stream.ingest.template import Header, Template
 
 log = logging.getLogger(__name__)
 
 PARTS = 8
 """Files that a full recording is made of; the oldest makes room for the newest."""
-_WAIT_FOR_KEY_NS = 10 * NS_PER_S
-"""How long a file's header waits for parameter sets."""
+_WAIT_FOR_HEADER_NS = 10 * NS_PER_S
+"""How long a file's header waits for what the source did not announce."""
 
 
 class RecordingFiles:
@@ -40,8 +40,7 @@ class RecordingFiles:
         self._template: Template | None = None
         self._connection: Connected | None = None
         self._writer: PartWriter | None = None
-        self._unknown: set[int] = set()
-        self._extradata: dict[int, bytes] = {}
+        self._header: Header | None = None
         self._held: list[Media | Note] = []
         self._held_since_ns: int | None = None
 
@@ -71,23 +70,28 @@ class RecordingFiles:
     def _connect(self, connection: Connected, template: Template) -> None:
         if self._template is None or template.key != self._template.key:
             self.close()
-            self._unknown, self._extradata = set(template.lacks_parameter_sets()), {}
-            self._held_since_ns = None
+            self._header, self._held_since_ns = Header(template), None
         self._template, self._connection = template, connection
 
     def _waits(self, what: Media | Note) -> bool:
-        """Whether the header waits for parameter sets that the source did not announce."""
-        if self._unknown and isinstance(what, Media) and self._template is not None:
+        """Whether the header waits for what the source did not announce."""
+        header = self._header
+        if header is None or header.complete:
+            return False
+        if isinstance(what, Media):
             at_ns = what.stamp.arrival_ns
             self._held_since_ns = self._held_since_ns or at_ns
-            if what.track in self._unknown and what.stamp.key:
-                self._unknown.discard(what.track)
-                found = self._template.parameter_sets(what.track, what.data)
-                if found is not None:
-                    self._extradata[what.track] = found
-            if at_ns - self._held_since_ns > _WAIT_FOR_KEY_NS:
-                self._unknown.clear()
-        return bool(self._unknown)
+            header.see(what.track, what.data)
+            if at_ns - self._held_since_ns > _WAIT_FOR_HEADER_NS:
+                self._complete_header(header)
+        return not header.complete
+
+    def _complete_header(self, header: Header) -> None:
+        for track in header.give_up():
+            log.warning(
+                "source %s: no packet tells what players want to know of track %d; %s is recorded all the same",
+                self._source_id, track, self._path,
+            )  # fmt: skip
 
     def _is_full(self, media: Media) -> bool:
         if self._writer is None or self._connection is None:
@@ -108,12 +112,13 @@ class RecordingFiles:
                 writer.note(what)
 
     def _open(self, first: Media | Note) -> PartWriter:
-        assert self._template is not None and self._connection is not None
+        assert self._template is not None and self._connection is not None and self._header is not None
+        self._complete_header(self._header)
         parts = existing_parts(self._path)
         self._make_room(parts)
         self.current = part_path(self._path, max(parts, default=0) + 1)
         title = Title(self._session, self._part, self._source_id, self._settings)
-        self._writer = PartWriter(self.current, self._template, title, self._extradata)
+        self._writer = PartWriter(self.current, self._template, title, self._header)
         self._part += 1
         if not isinstance(first, Connected):
             number = first.stamp.number if isinstance(first, Media) else first.number
@@ -132,5 +137,12 @@ class RecordingFiles:
 
     def _finish_part(self) -> None:
         writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.close()
+        if writer is None:
+            return
+        writer.close()
+        if writer.unfit:
+            log.info(
+                "source %s: %s: %d packets that are not as Matroska wants them are kept beside the media; "
+                "a replay has them, players do not",
+                self._source_id, writer.path, writer.unfit,
+            )  # fmt: skip

@@ -40,6 +40,11 @@ def in_time(kind: str, at_s: float) -> float:
     return 0.0
 
 
+def never(kind: str, at_s: float) -> bool:
+    """No packet is lost."""
+    return False
+
+
 def _keep(_: MediaItem) -> None:
     return
 
@@ -71,9 +76,12 @@ class Camera:
         reports: Callable[[float], int | None] = lambda at_s: None,
         ending: str = "lost",
         shift_s: Callable[[float], float] = lambda at_s: 0.0,
+        lost: Callable[[str, float], bool] = never,
+        options: dict[str, str] | None = None,
     ) -> None:
-        """One connection; ``reports`` gives a sender report at a media time, ``shift_s`` moves the timestamps."""
-        with av.open(str(clip)) as container:
+        """One connection; ``reports`` gives a sender report at a media time, ``shift_s`` moves the timestamps, ``lost``
+        says by kind and media time which packets never come, ``options`` are FFmpeg's for opening the clip."""
+        with av.open(str(clip), options=options) as container:
             selected = select_streams(container, video=bool(self.inputs), audio=self.audio_rate is not None)
             tracks = selected.tracks(self.audio_rate, timed=self.timed)
             assembler: Assembler[av.VideoFrame] = Assembler(
@@ -95,6 +103,8 @@ class Camera:
             packets = read_packets(container, selected.all, self.stats, lambda: True)
             for arrival_ns, packet, at_s in self._arrivals(packets, started_ns, late):
                 self.clock.now_ns = max(self.clock.now_ns, arrival_ns)
+                if packet.size and lost(packet.stream.type, at_s):
+                    continue
                 report_ns = reports(at_s)
                 if packet.pts is not None:
                     ticks = round(shift_s(at_s) / packet.time_base)
