@@ -12,7 +12,7 @@ import numpy as np
 
 from engines.checks import describe
 from engines.errors import ManifestError
-from engines.manifest import GraphSpec, HeadKind, Manifest
+from engines.manifest import GraphSpec, HeadKind, Manifest, TensorSpec
 from engines.parity import BatchLatency, GraphParity, OutputParity, within_bounds
 from engines.types import Array, Engine, EngineSpec, Tensors
 
@@ -39,7 +39,7 @@ def measure(
     Raises ``InferenceError`` from the engine, ``ManifestError`` when an output has another shape than expected.
     """
     spec = engine.spec
-    answers = _answers(manifest, spec)
+    answers = [tensor.name for tensor in answers_of(manifest, spec.graph)]
     # Only what is compared is kept: states are large.
     ran = given or (engine.infer(batch) for batch in inputs)
     got = [{name: array for name, array in one.items() if name in answers} for one in ran]
@@ -59,10 +59,10 @@ def measure(
     )
 
 
-def _answers(manifest: Manifest, spec: EngineSpec) -> list[str]:
-    """Names of a graph's outputs but for states."""
-    states = {state.output for branch in manifest.branches if branch.graph == spec.graph for state in branch.states}
-    return [tensor.name for tensor in spec.outputs if tensor.name not in states]
+def answers_of(manifest: Manifest, graph: str) -> list[TensorSpec]:
+    """A graph's outputs but for states."""
+    states = {state.output for branch in manifest.branches if branch.graph == graph for state in branch.states}
+    return [tensor for tensor in manifest.graph(graph).outputs if tensor.name not in states]
 
 
 def _compared(

@@ -111,7 +111,7 @@ class ClipUsed(_Strict):
     sha256: Sha256
     """Hash of the file."""
     windows: Annotated[int, Field(ge=0)]
-    """Windows cut from it, over all branches."""
+    """Windows cut from it, over all branches; of stateful ones the hops, each of which ends a window."""
 
 
 class ParityReport(_Strict):

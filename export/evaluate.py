@@ -16,6 +16,7 @@ from engines.manifest import Manifest as PackManifest
 from engines.open import LoadedPack, open_pack
 from engines.types import Array
 from export.rows import Windows, row_windows
+from export.streamed import streamed
 from models.audio import SAMPLE_RATE
 from models.calibration import probabilities
 from models.config import HeadConfig
@@ -50,7 +51,8 @@ def evaluate_pack(
     """Score every row of a split by a pack and measure what came out; the keys are those of ``write_report``.
 
     The manifest's labels are the pack's, head by head; rows may be recordings, stretches of them, sounds alone, or
-    pictures with masks. A row is cut into windows as the service cuts them, and judged by the mean of their scores.
+    pictures with masks. A row is cut into windows as the service cuts them, and judged by the mean of their scores; a
+    stateful branch begins each row with an empty past.
     Of a multi-label head, labels that a row does not list count as absent in it. Without ``split``: ``test``, else
     ``val``, else ``train``. With ``out`` the report is written there.
 
@@ -187,11 +189,6 @@ class _Runner:
     """One branch of a pack, run as the service runs it."""
 
     def __init__(self, pack: LoadedPack, branch: Branch) -> None:
-        if branch.mode is Mode.STATEFUL:
-            raise ModelError(
-                f"pack {pack.manifest.name}: branch {branch.name} keeps state from window to window, which evaluation "
-                "cannot run; evaluate the checkpoint it was exported from"
-            )
         if branch.audio is not None and branch.audio.sample_rate != SAMPLE_RATE:
             raise ModelError(
                 f"pack {pack.manifest.name}: branch {branch.name} takes sound at {branch.audio.sample_rate} Hz, "
@@ -204,11 +201,16 @@ class _Runner:
 
     def run(self, where: str, row: Row, outputs: set[str]) -> dict[str, Array]:
         """Outputs of the window graph for each window of a row, in order. Raises ``DataError``, ``InferenceError``."""
-        parts: list[Mapping[str, Array]] = []
-        for windows in row_windows(where, row, self.branch):
-            inputs = self._window_inputs(windows)
-            parts.append(self._graph.infer({name: inputs[name] for name in self._inputs}))
+        cut = row_windows(where, row, self.branch)
+        if self.branch.mode is Mode.STATEFUL:
+            parts: list[Mapping[str, Array]] = list(streamed(self._graph, self.branch, cut))
+        else:
+            parts = [self._judged(windows) for windows in cut]
         return {name: np.concatenate([part[name] for part in parts]) for name in outputs}
+
+    def _judged(self, windows: Windows) -> Mapping[str, Array]:
+        inputs = self._window_inputs(windows)
+        return self._graph.infer({name: inputs[name] for name in self._inputs})
 
     def _window_inputs(self, windows: Windows) -> dict[str, Array]:
         inputs: dict[str, Array] = {"audio": windows.audio, "audio_mask": windows.coverage}

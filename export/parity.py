@@ -114,7 +114,7 @@ def _cases(
         return
     judge, graph = references[branch.graph], manifest.graph(branch.graph)
     for window in windows:
-        states = empty_past(branch, graph)
+        states = empty_past(branch, graph.inputs)
         for number, hop in enumerate(hops_of(window, branch)):
             inputs = dict(_only({**hop, **states}, graph))
             outputs = dict(judge(inputs))
@@ -155,14 +155,15 @@ class Trial:
             raise ManifestError(f"pack {manifest.name}: no reference for graphs {sorted(missing)}; give one for each")
         recordings = [open_recording(path) for path in clips or default_clips()]
         windows = {branch.name: _cut(recordings, branch, windows_per_clip) for branch in manifest.branches}
-        cases = {
-            branch.name: [case for clip in windows[branch.name] for case in _cases(manifest, branch, references, clip)]
+        by_clip = {
+            branch.name: [list(_cases(manifest, branch, references, clip)) for clip in windows[branch.name]]
             for branch in manifest.branches
         }
         used = tuple(
-            ClipUsed(name=clip.path.name, sha256=clip.sha256, windows=sum(len(cut[n]) for cut in windows.values()))
+            ClipUsed(name=clip.path.name, sha256=clip.sha256, windows=sum(len(found[n]) for found in by_clip.values()))
             for n, clip in enumerate(recordings)
         )
+        cases = {branch: [case for clip in found for case in clip] for branch, found in by_clip.items()}
         return cls(folder, manifest, cases, used, batch_sizes)
 
     def measure_backend(self, backend: str, options: EngineOptions) -> list[GraphParity]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from engines.manifest import Branch, GraphSpec
+from engines.manifest import Branch, TensorSpec
+from engines.states import state_tensors
 from engines.types import NUMPY_DTYPES, Array
 from export.clips import RawWindow
 
@@ -44,12 +47,9 @@ def hops_of(stretch: RawWindow, branch: Branch) -> list[dict[str, Array]]:
     return hops
 
 
-def empty_past(branch: Branch, graph: GraphSpec) -> dict[str, Array]:
-    """The states before the first hop, batch 1."""
-    inputs = {tensor.name: tensor for tensor in graph.inputs}
+def empty_past(branch: Branch, inputs: Sequence[TensorSpec]) -> dict[str, Array]:
+    """The states before the first hop, batch 1, by their names among the inputs of the branch's graph."""
     return {
-        state.input: np.zeros(
-            (1, *(int(size) for size in inputs[state.input].shape[1:])), NUMPY_DTYPES[inputs[state.input].dtype]
-        )
-        for state in branch.states
+        state.name: np.zeros((1, *(int(size) for size in state.shape[1:])), NUMPY_DTYPES[state.dtype])
+        for state in state_tensors(branch, inputs)
     }

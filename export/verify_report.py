@@ -12,6 +12,7 @@ from rich.markup import escape as plain
 from rich.table import Table
 
 from engines.manifest import GraphSpec, Manifest
+from engines.measure import answers_of
 from engines.parity import MIN_MASK_AGREEMENT, BatchLatency, GraphParity, OutputParity
 from export.verify import Verification, Verified
 from export.verify_plots import Bar, Line, bars_from_zero, log_bars, log_lines
@@ -37,7 +38,10 @@ def bound_text(manifest: Manifest, graph: GraphSpec, precision: str) -> str:
     """What is allowed: of masks a share of equal pixels, in fp32 a largest error, else one in standard deviations."""
     bounds = {str(name): bound for name, bound in manifest.parity_bounds.items()}
     unit = "max" if precision == "fp32" else "relative"
-    texts = {f"{MIN_MASK_AGREEMENT[precision]:.1%} px" if t.dtype == "uint8" else "" for t in graph.outputs}
+    texts = {
+        f"{MIN_MASK_AGREEMENT[precision]:.1%} px" if t.dtype == "uint8" else ""
+        for t in answers_of(manifest, graph.name)
+    }
     allowed = f"{bounds[precision]:g} {unit}" if "" in texts else ""
     return ", ".join(text for text in (allowed, *sorted(texts)) if text)
 
@@ -216,7 +220,7 @@ def _graph_section(found: Verification, graph: GraphSpec, results: Sequence[Veri
         [_error_bar(found.manifest, one, entry, colour(one)) for one, entry in measured], limit=1.0, title="Errors"
     )
     yield "<h3>Error by window</h3>"
-    mask = all(tensor.dtype == "uint8" for tensor in graph.outputs)
+    mask = all(tensor.dtype == "uint8" for tensor in answers_of(found.manifest, graph.name))
     unit = "share of the pixels that differ" if mask else "largest absolute difference, over all outputs"
     yield f"<p class='note'>{unit}; none at all lies on the lower edge.</p>"
     lines = [Line(_name(one), _by_window(entry), colour(one)) for one, entry in measured]
