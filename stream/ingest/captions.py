@@ -1,4 +1,4 @@
-"""Captions and text tracks: their packets as plain text with times."""
+"""Captions: packets of text tracks, and what pictures carry, as plain text with times."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import re
 import av.error
 from av.container import InputContainer
 from av.packet import Packet
+from av.sidedata.sidedata import SideData, SideDataContainer
 from av.stream import Stream
 from av.subtitles.stream import SubtitleStream
 from av.subtitles.subtitle import AssSubtitle
+from av.video.frame import VideoFrame
 
 from stream.clock import NS_PER_S
+from stream.ingest.closed_captions import Caption, ClosedCaptions
 from stream.ingest.recording import TAG
 from stream.ingest.timeline import to_ns
 
@@ -22,9 +25,6 @@ LONGEST = 2000
 SHOWN_NS = 3 * NS_PER_S
 """How long a caption is shown that does not say."""
 _STYLE = re.compile(r"\{[^}]*\}|<[^>]*>")
-
-Caption = tuple[int, int, str]
-"""Begin and end in ns on the media timeline, text."""
 
 
 def select_text(container: InputContainer) -> SubtitleStream | None:
@@ -49,6 +49,41 @@ def read_captions(packet: Packet[Stream]) -> list[Caption]:
     length_ns = to_ns(packet.duration, packet.time_base) if packet.duration else SHOWN_NS
     texts = (_plain(part) for part in parts if isinstance(part, AssSubtitle))
     return [(begin_ns, begin_ns + length_ns, text) for text in texts if text]
+
+
+class PictureCaptions:
+    """Reads the closed captions of decoded pictures, in the order of presentation."""
+
+    def __init__(self) -> None:
+        self._reader = ClosedCaptions()
+        self._known = False
+
+    @property
+    def found(self) -> bool:
+        """Whether there are any, so that no picture may be left undecoded."""
+        return self._reader.found
+
+    def see(self, frame: VideoFrame, pts_ns: int) -> list[Caption]:
+        """Captions that became known with this picture."""
+        data = _closed_captions(frame)
+        if not self._known and not data:
+            return []
+        self._known = True
+        return self._reader.see(pts_ns, data)
+
+    def finish(self) -> list[Caption]:
+        """What was begun when the stream ended."""
+        return self._reader.finish()
+
+
+def _closed_captions(frame: VideoFrame) -> bytes:
+    try:
+        # Not frame.side_data: the frame would keep that, and that the frame, until garbage is next collected.
+        data = SideDataContainer(frame).get("A53_CC")  # type: ignore[call-arg]
+    except ValueError:
+        # PyAV stumbles over kinds of side data that are newer than it.
+        return b""
+    return bytes(data) if isinstance(data, SideData) else b""
 
 
 def _plain(part: AssSubtitle) -> str:

@@ -22,7 +22,8 @@ from engines.manifest import VideoInput
 from stream.clock import NS_PER_S
 from stream.errors import SourceError
 from stream.ingest.assemble import Assembler, Tracks
-from stream.ingest.captions import Caption, read_captions, select_text
+from stream.ingest.captions import PictureCaptions, read_captions, select_text
+from stream.ingest.closed_captions import Caption
 from stream.ingest.errors import Failure, failure
 from stream.ingest.hardware import open_decoder
 from stream.ingest.resample import MonoResampler
@@ -194,6 +195,7 @@ class Decoder:
         self._audio_known = not live
         self._bad_run = 0
         self._text_index = -1 if selected.text is None else selected.text.index
+        self._picture_captions = PictureCaptions() if timed else None
         self._texts: list[tuple[Caption, int]] = []
         self._gathered: list[tuple[Packet[Stream], int]] = []
         self._audio_due_ns = 0
@@ -226,6 +228,10 @@ class Decoder:
         if self._rule is not None and packet.size and packet.pts is not None:
             self._rule.see_packet(packet.pts * self._multiply // self._divide, packet.is_keyframe)
             self._change_skip(self._rule.skip)
+            if packet.is_keyframe and self._picture_captions is not None and self._picture_captions.found:
+                # Every picture may carry a letter.
+                self._change_skip(Skip.NOTHING)
+                self._rule = None
         if self._skip is not Skip.NONKEY or not packet.size:
             self._decode(packet, arrival_ns, self._video_decoder.decode)
         elif not packet.is_keyframe:
@@ -244,7 +250,12 @@ class Decoder:
             self._video_decoder.skip(skip)
 
     def say(self, captions: list[Caption], arrival_ns: int) -> None:
-        """Take captions that were read already."""
+        """Take captions of a track; what pictures carry beside one is the same again."""
+        if captions:
+            self._picture_captions = None
+        self._hold_texts(captions, arrival_ns)
+
+    def _hold_texts(self, captions: list[Caption], arrival_ns: int) -> None:
         self._texts += [(caption, arrival_ns) for caption in captions]
         self._hand_on_texts()
 
@@ -298,6 +309,8 @@ class Decoder:
 
     def finish(self, reason: str, arrival_ns: int) -> None:
         """Flush and end the epoch."""
+        if self._picture_captions is not None and (captions := self._picture_captions.finish()):
+            self._hold_texts(captions, arrival_ns)
         self._decode_gathered()
         if self._resampler is not None:
             self._hand_on(self._resampler.flush(), arrival_ns)
@@ -332,6 +345,8 @@ class Decoder:
         if self._rule is not None:
             self._rule.see_frame(pts_ns, frame.pict_type == PictureType.B)
             self._change_skip(self._rule.skip)
+        if self._picture_captions is not None and (captions := self._picture_captions.see(frame, pts_ns)):
+            self._hold_texts(captions, arrival_ns)
         self._assembler.video(pts_ns, arrival_ns, (frame.width, frame.height, frame.format.name), frame)
 
     def _audio(self, frame: AudioFrame, arrival_ns: int) -> None:
