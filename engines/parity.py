@@ -6,11 +6,12 @@ an engine that has none, or whose errors are over the manifest's bounds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from engines.errors import ParityFailed, ParityMissing
 from engines.manifest import PARITY_FILE, GraphSpec, Manifest, Sha256
@@ -81,20 +82,32 @@ class GraphParity(_Strict):
     """Precision it ran in."""
     threads: Annotated[int, Field(ge=1)]
     """Threads of one inference."""
-    samples: Annotated[int, Field(ge=1)]
+    samples: Annotated[int, Field(ge=0)]
     """Batch items compared."""
-    outputs: tuple[OutputParity, ...] = Field(min_length=1)
-    """Each output."""
+    outputs: tuple[OutputParity, ...] = ()
+    """Each output; none where it could not be run."""
     latency: tuple[BatchLatency, ...] = ()
     """Latency by batch size on the machine that measured."""
     passed: bool
     """Whether it was within the manifest's bounds."""
     reference: str | None = None
     """What it was compared with, where that is not the report's reference."""
+    problem: str | None = None
+    """Why it could not be built or run, in one line."""
+
+    @model_validator(mode="after")
+    def _measured_or_not(self) -> Self:
+        if self.problem is None and not (self.outputs and self.samples):
+            raise ValueError("an entry without outputs must say by problem why it has none")
+        if self.problem is not None and self.passed:
+            raise ValueError("an entry with a problem cannot have passed")
+        return self
 
     @property
     def max_abs_error(self) -> float:
-        """Largest absolute difference over all float outputs."""
+        """Largest absolute difference over all float outputs; infinite where it could not be run."""
+        if self.problem is not None:
+            return math.inf
         return max((out.max_abs_error for out in self.outputs if out.max_abs_error is not None), default=0.0)
 
     @property
@@ -203,6 +216,8 @@ def check_graph_parity(
             f"{where} has no parity report; run `sightwire compile` for {backend} {precision}, "
             "export the pack again with it installed, choose another backend, or allow it with require_parity off"
         )
+    if entry.problem is not None:
+        raise ParityFailed(f"{where} could not be compared with PyTorch: {entry.problem}")
     problem = within_bounds(manifest, precision, entry.outputs)
     if problem is None and not entry.passed:
         problem = "the report says it did not pass"

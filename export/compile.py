@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,15 @@ from engines import backends
 from engines.auto import fastest
 from engines.backends import EngineOptions
 from engines.cache import ENGINES_FOLDER, user_cache
-from engines.errors import BackendUnavailable, ConversionError, ParityFailed, ParityMissing
+from engines.errors import (
+    BackendUnavailable,
+    ConversionError,
+    EngineError,
+    GraphLoadError,
+    InferenceError,
+    ParityFailed,
+    ParityMissing,
+)
 from engines.manifest import PRECISIONS, Manifest, Precision, check_integrity, read_manifest, variant_for
 from engines.measure import Reference
 from engines.open import load_engines
@@ -25,6 +34,7 @@ from engines.types import Engine
 from export.parity import Trial
 from export.quantize import Progress, add_variants, fp32_references
 
+_log = logging.getLogger(__name__)
 COMPILE_BACKENDS = ("auto", *backends.BACKENDS, "torch")
 _REFERENCE = "the pack's fp32 graphs on onnxruntime"
 
@@ -112,7 +122,7 @@ def compile_pack(
         if backend == "torch":
             results = _torch(task, precision, modules)
         else:
-            results = [result for one in wanted for result in _compiled(task, *one, alone=backend != "auto")]
+            results = _every(task, wanted) if backend == "auto" else _compiled(task, *wanted[0])
     report = _kept(folder, report, results)
     if backend != "auto":
         _refuse_failures(manifest, results)
@@ -136,26 +146,39 @@ def _wanted(backend: str, precision: Precision, device: str) -> list[tuple[str, 
     return [(name, one) for name in backends.installed(device) for one in exact]
 
 
-def _compiled(task: _Task, backend: str, precision: Precision, *, alone: bool) -> Iterator[CompileResult]:
-    """Compile and try every graph on one backend; nothing where it cannot, unless it was asked for ``alone``."""
+def _every(task: _Task, wanted: Sequence[tuple[str, Precision]]) -> list[CompileResult]:
+    """Compile and try every graph on each backend, but for those that cannot. Raises what stopped the last of all."""
+    results: list[CompileResult] = []
+    fault: EngineError | None = None
+    for backend, precision in wanted:
+        try:
+            results += _compiled(task, backend, precision)
+        except BackendUnavailable as error:
+            task.progress(f"left out: {error}")
+            fault = fault or error
+        except (GraphLoadError, InferenceError) as error:
+            _log.warning("left out: %s", error)
+            fault = error
+    if not results and fault is not None:
+        raise fault
+    return results
+
+
+def _compiled(task: _Task, backend: str, precision: Precision) -> list[CompileResult]:
+    """Compile and try every graph on one backend."""
     manifest, options = task.manifest, replace(task.options, precision=precision)
     made: dict[str, tuple[backends.Compiled, float]] = {}
     for graph in manifest.graphs:
         task.progress(f"compiling {graph.name} for {backend} {precision}")
         begin = time.perf_counter()
-        try:
-            built = backends.compile_graph(task.folder / graph.file, manifest.name, graph, backend, options)
-        except BackendUnavailable as error:
-            if alone:
-                raise
-            task.progress(f"left out: {error}")
-            return
+        built = backends.compile_graph(task.folder / graph.file, manifest.name, graph, backend, options)
         made[graph.name] = (built, time.perf_counter() - begin)
     task.progress(f"comparing {backend} {precision} with its reference")
     entries, not_run = _tried(task, backend, options)
-    for name, (built, seconds) in made.items():
-        parity = entries.get(name)
-        yield CompileResult(name, backend, precision, seconds, built.size, built.reused, parity, not_run)
+    return [
+        CompileResult(name, backend, precision, seconds, built.size, built.reused, entries.get(name), not_run)
+        for name, (built, seconds) in made.items()
+    ]
 
 
 def _tried(task: _Task, backend: str, options: EngineOptions) -> tuple[dict[str, GraphParity], str]:

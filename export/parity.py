@@ -12,19 +12,16 @@ import numpy as np
 
 from engines import backends
 from engines.backends import EngineOptions
-from engines.errors import BackendUnavailable, ManifestError
+from engines.errors import BackendUnavailable, EngineError, GraphLoadError, InferenceError, ManifestError
 from engines.machine import cpu_model
 from engines.manifest import Branch, GraphSpec, Manifest, Mode, read_manifest
 from engines.measure import Reference, measure
-from engines.open import load_engines
 from engines.parity import ClipUsed, GraphParity, ParityReport, write_parity
 from engines.types import Array, Engine, Tensors
 from export.clips import RawWindow, Recording, default_clips, open_recording, windows_of
 from export.steps import empty_past, hops_of, stretch_of
 
 _log = logging.getLogger(__name__)
-GraphBatches = tuple[str, list[Tensors], list[Mapping[str, Array]], list[dict[str, Array]] | None]
-"""A graph's name, what the engine is given, what the reference gave, and what the engine gave where it was run."""
 
 
 def run_parity(
@@ -42,18 +39,25 @@ def run_parity(
     Each precision for which the manifest has a bound is measured where the backend offers it. The window
     graph of a staged branch is fed with the engine's own features, and a stateful one with its own states over
     stretches of several windows, so the error is that of the whole chain. A graph over its bound is reported
-    with ``passed`` false, and the service will refuse it.
+    with ``passed`` false, and the service will refuse it; so is one that a backend fails to build or run, with the
+    reason.
 
-    Raises ``ManifestError`` when a graph has no reference, ``ParityMissing`` when the clips cannot be used.
+    Raises ``ManifestError`` when a graph has no reference, ``ParityMissing`` when the clips cannot be used, and
+    ``GraphLoadError`` or ``InferenceError`` for a graph that no backend can build or run: then nothing is written.
     """
     manifest = read_manifest(folder)
     trial = Trial.on_clips(folder, manifest, references, clips, windows_per_clip, batch_sizes)
-    entries = [
-        entry
-        for backend in backends.installed("cpu")
-        for precision in manifest.parity_bounds
-        for entry in trial.measure_backend(backend, EngineOptions(precision=precision, threads=threads))
-    ]
+    entries: list[GraphParity] = []
+    failures: dict[str, EngineError] = {}
+    for backend in backends.installed("cpu"):
+        for precision in manifest.parity_bounds:
+            options = EngineOptions(precision=precision, threads=threads)
+            found, failed = trial.measure_backend(backend, options)
+            entries += found
+            failures = {**failed, **failures}
+    run = {entry.graph for entry in entries if entry.problem is None}
+    if unusable := [error for graph, error in failures.items() if graph not in run]:
+        raise unusable[0]
     report = ParityReport(
         pack=manifest.name,
         reference=reference_name or f"torch {metadata.version('torch')}",
@@ -166,39 +170,74 @@ class Trial:
         cases = {branch: [case for clip in found for case in clip] for branch, found in by_clip.items()}
         return cls(folder, manifest, cases, used, batch_sizes)
 
-    def measure_backend(self, backend: str, options: EngineOptions) -> list[GraphParity]:
-        """Every graph on one backend; none where it is not available at this precision.
+    def measure_backend(self, backend: str, options: EngineOptions) -> tuple[list[GraphParity], dict[str, EngineError]]:
+        """Every graph on one backend, none where it is not available at this precision, and what went wrong by graph.
 
-        Raises what ``engines.open.load_engines`` raises besides, and ``InferenceError``.
+        What cannot be built or run has an entry that says why. Raises an ``EngineError`` for what is wrong with the
+        pack itself.
         """
+        engines: dict[str, Engine] = {}
+        failures: dict[str, EngineError] = {}
         try:
-            engines = load_engines(self.folder, self.manifest, backend, options)
+            for graph in self.manifest.graphs:
+                try:
+                    path = self.folder / graph.file
+                    engines[graph.name] = backends.load(path, self.manifest.name, graph, backend, options)
+                except GraphLoadError as error:
+                    failures[graph.name] = error
+            version = backends.adapter(backend).version()
+            entries = self.measure_engines(engines, version, options.threads, failures)
         except BackendUnavailable as error:
             _log.info("not measured: %s", error)
-            return []
-        try:
-            return self.measure_engines(engines, backends.adapter(backend).version(), options.threads)
+            return [], {}
         finally:
             for engine in engines.values():
                 engine.close()
+        for name, failure in failures.items():
+            entries.append(self.failed(name, backend, version, options, failure))
+            _report(entries[-1])
+        return entries, failures
 
-    def measure_engines(self, engines: Mapping[str, Engine], version: str, threads: int = 1) -> list[GraphParity]:
-        """Every graph on engines that are loaded. Raises ``InferenceError``."""
+    def measure_engines(
+        self,
+        engines: Mapping[str, Engine],
+        version: str,
+        threads: int = 1,
+        failures: dict[str, EngineError] | None = None,
+    ) -> list[GraphParity]:
+        """Every graph on engines that are loaded.
+
+        A graph that fails on a batch is put into ``failures``, where there is such a thing; without it raises
+        ``InferenceError``. A window graph whose encoder failed gets the reference's features.
+        """
         entries: dict[str, GraphParity] = {}
         for branch in self.manifest.branches:
-            for graph, inputs, expected, given in self._batches(branch, engines):
-                if graph not in entries:
-                    entries[graph] = measure(
-                        engines[graph],
+            encoded: list[dict[str, Array]] | None = None
+            for name in (branch.encoder, branch.graph):
+                if name is None or name not in engines or name in (failures or ()):
+                    continue
+                try:
+                    if name == branch.encoder:
+                        encoded = self._encoded(branch, engines[name])
+                    if name in entries:
+                        continue
+                    inputs, expected = self._given(branch, name, engines[name], encoded)
+                    entries[name] = measure(
+                        engines[name],
                         inputs,
                         expected,
                         manifest=self.manifest,
                         backend_version=version,
                         threads=threads,
                         batch_sizes=self.batch_sizes,
-                        given=given,
+                        given=encoded if name == branch.encoder else None,
                     )
-                    _report(entries[graph])
+                except InferenceError as error:
+                    if failures is None:
+                        raise
+                    failures[name] = error
+                    continue
+                _report(entries[name])
         return list(entries.values())
 
     def inputs(self) -> dict[str, list[Tensors]]:
@@ -213,24 +252,44 @@ class Trial:
                 found.setdefault(branch.graph, [_only(case.with_features(case.features), graph) for case in cases])
         return found
 
-    def _batches(self, branch: Branch, engines: Mapping[str, Engine]) -> Iterator[GraphBatches]:
-        """Inputs and expected outputs of each graph of a branch, one batch for each window."""
-        cases, graph = self.cases[branch.name], self.manifest.graph(branch.graph)
-        outputs = [case.outputs for case in cases]
-        if branch.mode is Mode.STATEFUL:
-            yield branch.graph, _with_own_states(branch, cases, engines[branch.graph]), outputs, None
-            return
-        if branch.encoder is None:
-            yield branch.graph, [_only(case.inputs, graph) for case in cases], outputs, None
-            return
-        encoder = engines[branch.encoder]
+    def _encoded(self, branch: Branch, encoder: Engine) -> list[dict[str, Array]]:
+        """Outputs of a branch's encoder over the frames of each window."""
+        cases = self.cases[branch.name]
         # A window with frames missing shares its pictures with the whole one.
         distinct = {id(case.features): case.pictures for case in cases}
-        encoded = {key: encoder.infer(pictures) for key, pictures in distinct.items()}
-        given = [encoded[id(case.features)] for case in cases]
-        yield branch.encoder, [case.pictures for case in cases], [case.features for case in cases], given
-        own = [_only(case.with_features(features), graph) for case, features in zip(cases, given, strict=True)]
-        yield branch.graph, own, outputs, None
+        found = {key: encoder.infer(pictures) for key, pictures in distinct.items()}
+        return [found[id(case.features)] for case in cases]
+
+    def _given(
+        self, branch: Branch, name: str, engine: Engine, encoded: Sequence[Mapping[str, Array]] | None
+    ) -> tuple[list[Tensors], list[Mapping[str, Array]]]:
+        """Inputs and expected outputs of one graph of a branch, one batch for each window."""
+        cases, graph = self.cases[branch.name], self.manifest.graph(name)
+        if name == branch.encoder:
+            return [case.pictures for case in cases], [case.features for case in cases]
+        outputs = [case.outputs for case in cases]
+        if branch.mode is Mode.STATEFUL:
+            return _with_own_states(branch, cases, engine), outputs
+        if branch.encoder is None:
+            return [_only(case.inputs, graph) for case in cases], outputs
+        features = encoded or [case.features for case in cases]
+        return [_only(case.with_features(f), graph) for case, f in zip(cases, features, strict=True)], outputs
+
+    def failed(self, graph: str, backend: str, version: str, options: EngineOptions, error: EngineError) -> GraphParity:
+        """The entry of a graph that a backend cannot build or run."""
+        file = self.manifest.graph(graph).artifact(backend, options.precision)
+        return GraphParity(
+            graph=graph,
+            onnx_sha256=self.manifest.graph(graph).sha256 if file is None else file.sha256,
+            backend=backend,
+            backend_version=version,
+            device=options.device,
+            precision=options.precision,
+            threads=options.threads,
+            samples=0,
+            passed=False,
+            problem=str(error),
+        )
 
 
 def _cut(recordings: Sequence[Recording], branch: Branch, per_clip: int) -> list[list[RawWindow]]:
@@ -251,6 +310,9 @@ def _with_own_states(branch: Branch, cases: Sequence[Case], engine: Engine) -> l
 
 
 def _report(entry: GraphParity) -> None:
+    if entry.problem is not None:
+        _log.warning("parity: %s on %s %s failed: %s", entry.graph, entry.backend, entry.precision, entry.problem)
+        return
     level = logging.INFO if entry.passed else logging.WARNING
     verdict = "passed" if entry.passed else "over its bound"
     engine = f"{entry.graph} on {entry.backend} {entry.precision}"

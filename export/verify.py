@@ -15,7 +15,7 @@ from torch import nn
 from engines import backends
 from engines.backends import EngineOptions
 from engines.cache import ENGINES_FOLDER, user_cache
-from engines.errors import BackendUnavailable, ConversionError, EngineError
+from engines.errors import BackendUnavailable, ConversionError, EngineError, ManifestError
 from engines.machine import cpu_model
 from engines.manifest import PRECISIONS, GraphSpec, Manifest, Precision, check_integrity, read_manifest
 from engines.measure import Reference
@@ -54,6 +54,8 @@ class Verified:
     """What was found when a departing node was looked for; empty where none was."""
     departure: Departure | None = None
     """That node."""
+    failed: GraphParity | None = None
+    """What goes into ``parity.json`` where it could not be built or run."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,7 +177,8 @@ def verify_pack(
         raise BackendUnavailable(not_run[0] if not_run else f"pack {manifest.name}: no backend is installed")
     if bisect:
         results = [_bisected(task, known, one, device) for one in results]
-    _keep(task, known, kept, [one.parity for one in results if one.parity is not None])
+    measured = [one.parity or one.failed for one in results]
+    _keep(task, known, kept, [entry for entry in measured if entry is not None])
     versions = {one.backend: one.parity.backend_version for one in results if one.parity is not None}
     return Verification(
         manifest, known.name, known.no_torch, cpu_model(), versions, trial.clips, tuple(results), _told(not_run)
@@ -218,6 +221,7 @@ def _tried(task: _Task, known: _Known, backend: str, options: EngineOptions) -> 
     precision = options.precision
     task.progress(f"comparing {backend} {precision}")
     engines: dict[str, Engine] = {}
+    failures: dict[str, EngineError] = {}
     try:
         for graph in task.manifest.graphs:
             try:
@@ -225,17 +229,27 @@ def _tried(task: _Task, known: _Known, backend: str, options: EngineOptions) -> 
             except BackendUnavailable:
                 raise
             except EngineError as error:
-                return [Verified(graph.name, backend, precision, None, str(error))]
+                failures[graph.name] = error
         version = torch_version() if backend == "torch" else backends.adapter(backend).version()
+        trial = _trial(task, backend, precision)
         with _torch_threads(options.threads):
             try:
-                entries = _trial(task, backend, precision).measure_engines(engines, version, options.threads)
-            except EngineError as error:
-                return [_failed(task, engines, precision, error)]
+                entries = trial.measure_engines(engines, version, options.threads, failures)
+            except ManifestError as error:
+                return [Verified(_last(engines), backend, precision, None, str(error))]
+        windows = {name: _first_failing(task, engines[name]) for name in failures if name in engines}
     finally:
         for engine in engines.values():
             engine.close()
-    return [_judged(task, entry) for entry in entries]
+    found = {entry.graph: _judged(task, entry) for entry in entries}
+    for name, failure in failures.items():
+        kept = trial.failed(name, backend, version, options, failure)
+        found[name] = Verified(name, backend, precision, None, str(failure), window=windows.get(name), failed=kept)
+    return [found[graph.name] for graph in task.manifest.graphs if graph.name in found]
+
+
+def _last(engines: Mapping[str, Engine]) -> str:
+    return list(engines)[-1]
 
 
 def _trial(task: _Task, backend: str, precision: str) -> Trial:
@@ -273,16 +287,14 @@ def _torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _failed(task: _Task, engines: Mapping[str, Engine], precision: str, error: EngineError) -> Verified:
-    """Which graph fails, and on which window: on the reference's own inputs, or else the last graph on what it got."""
-    for name, batches in task.trial.inputs().items():
-        for n, batch in enumerate(batches):
-            try:
-                engines[name].infer(batch)
-            except EngineError as found:
-                return Verified(name, engines[name].spec.backend, precision, None, str(found), window=n)
-    last = task.manifest.graphs[-1].name
-    return Verified(last, engines[last].spec.backend, precision, None, str(error))
+def _first_failing(task: _Task, engine: Engine) -> int | None:
+    """On which window a graph fails, given the reference's own inputs; ``None`` where it fails on none of these."""
+    for n, batch in enumerate(task.trial.inputs()[engine.spec.graph]):
+        try:
+            engine.infer(batch)
+        except EngineError:
+            return n
+    return None
 
 
 def _bisected(task: _Task, known: _Known, one: Verified, device: str | None) -> Verified:
