@@ -63,7 +63,16 @@ def open_container(
     settings = link.settings
     timeouts = (settings.open_timeout_s + SPARE_S, settings.stall_timeout_s + SPARE_S)
     try:
-        container = av.open(file, "r", options=PROBE | options, format=form, timeout=timeouts, io_open=io_open)
+        container = av.open(
+            file,
+            "r",
+            options=PROBE | options,
+            format=form,
+            timeout=timeouts,
+            io_open=io_open,
+            # A title in another encoding is no reason not to look at the pictures.
+            metadata_errors="replace",
+        )
     except (av.error.FFmpegError, UnicodeDecodeError) as error:
         if patience.error is not None:
             raise patience.error from None

@@ -154,8 +154,9 @@ class FileSource:
     def _open(self) -> InputContainer:
         if self._path.is_file() and self._path.stat().st_size == 0:
             raise failure(self.source_id, self._url, Failure.EMPTY)
-        # The prefix keeps FFmpeg from taking a colon in a file's name for a protocol.
-        return av.open(f"file:{self._path}", options=OPTIONS)
+        # The prefix keeps FFmpeg from taking a colon in a file's name for a protocol. A title in another encoding than
+        # UTF-8 is no reason not to play the file.
+        return av.open(f"file:{self._path}", options=OPTIONS, metadata_errors="replace")
 
     def _capture(self, container: InputContainer) -> Capture:
         if self._settings.pace is Pace.REALTIME:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from urllib.parse import urljoin
+from urllib.parse import quote, urljoin
 
 MARK = b"#EXTM3U"
 """How every playlist begins."""
@@ -12,6 +12,7 @@ LONGEST = 2 << 20
 """Bytes of one playlist; a day in segments of 4 s has less."""
 _METHOD = re.compile(r"[:,]\s*METHOD=([^,\s]*)")
 _URI = re.compile(r'(?<=[:,]URI=")[^"]*(?=")')
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 _KEYS = ("#EXT-X-KEY:", "#EXT-X-SESSION-KEY:")
 
 
@@ -37,14 +38,16 @@ def read_playlist(data: bytes, asked: str, found: str) -> Playlist:
     """
     if len(data) > LONGEST:
         raise Unfit(f"a playlist of more than {LONGEST >> 20} MiB; check the address")
-    lines = data.decode("utf-8", errors="replace").splitlines()
+    # FFmpeg cuts long addresses anywhere, and PyAV stumbles over half a letter.
+    text = _NOT_ASCII.sub(lambda letters: quote(letters[0]), data.decode("utf-8", errors="replace"))
+    lines = text.split("\n")
     keys: set[str] = set()
     for number, line in enumerate(lines):
         if line.startswith(_KEYS):
             keys |= _key(line, found)
         if asked != found:
             lines[number] = _from(found, line)
-    return Playlist("\n".join(lines).encode() + b"\n", frozenset(keys))
+    return Playlist("\n".join(lines).encode("ascii") + b"\n", frozenset(keys))
 
 
 def _key(line: str, found: str) -> set[str]:
@@ -62,7 +65,7 @@ def _from(found: str, line: str) -> str:
     """The line with absolute addresses."""
     if line.startswith("#"):
         return _URI.sub(lambda uri: _joined(found, uri[0]), line)
-    return _joined(found, line.strip()) if line.strip() else line
+    return _joined(found, line.strip()) if line.strip() else line.strip()
 
 
 def _joined(base: str, uri: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from urllib.parse import parse_qs, urlsplit
 
@@ -24,6 +25,7 @@ from stream.ingest.udp_input import UdpInput
 RTMP_PORTS = {"rtmp": 1935, "rtmps": 443}
 SEGMENT_UNCERTAINTY_MS = 15_000.0
 """A playlist is some segments behind the camera, and does not say by how much."""
+NO_DASH = "MPEG-DASH (.mpd) is not read; give the stream's HLS address (.m3u8), or RTSP"
 NOTHING = {"protocol_whitelist": "none"}
 """FFmpeg opens nothing by itself."""
 
@@ -41,12 +43,11 @@ def open_rtmp(link: Link, stats: DecodeStats) -> Connection:
         # What the server is told it was asked for: its own name, not the relay's.
         "rtmp_tcurl": f"{address.scheme}://{address.authority}/{app}",
     }
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(relay.close)
         url = address.url("rtmp", relay.authority)
         container = open_container(link, patience, url, options=options, form="live_flv")
-    except BaseException:
-        relay.close()
-        raise
+        undo.pop_all()
     relay.opened()
     return Connection(container, relay.close, patience)
 
@@ -54,27 +55,30 @@ def open_rtmp(link: Link, stats: DecodeStats) -> Connection:
 def open_http(link: Link, stats: DecodeStats) -> Connection:
     """What HTTP serves: a stream (FLV, MPEG-TS, MJPEG, …), a playlist (HLS) or a file."""
     patience = MediaPatience(link, stats)
+    if urlsplit(link.url).path.lower().endswith(".mpd"):
+        raise link.failure(Failure.NO_PROTOCOL, NO_DASH)
     resource = HttpInput(link, link.url, patience)
-    if resource.peek(len(MARK)) == MARK:
-        return _open_hls(link, resource, patience, stats)
-    pictures = resource.content_type == "multipart/x-mixed-replace"
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(resource.close)
+        if resource.content_type == "application/dash+xml":
+            raise link.failure(Failure.NO_PROTOCOL, NO_DASH)
+        if resource.peek(len(MARK)) == MARK:
+            undo.pop_all()
+            return _open_hls(link, resource, patience, stats)
+        pictures = resource.content_type == "multipart/x-mixed-replace"
         container = open_container(link, patience, resource, options=NOTHING, form="mpjpeg" if pictures else None)
-    except BaseException:
-        resource.close()
-        raise
+        undo.pop_all()
     return Connection(container, resource.close, patience, paced=resource.finite, timed=not pictures)
 
 
 def _open_hls(link: Link, playlist: HttpInput, patience: MediaPatience, stats: DecodeStats) -> Connection:
     requests = HlsRequests(link, playlist, patience, stats)
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(requests.close)
         container = open_container(
             link, patience, playlist.url, options=NOTHING | HLS_OPTIONS, form="hls", io_open=requests
         )
-    except BaseException:
-        requests.close()
-        raise
+        undo.pop_all()
     return Connection(container, requests.close, patience, paced=True, uncertainty_ms=SEGMENT_UNCERTAINTY_MS)
 
 
@@ -93,11 +97,10 @@ def open_srt(link: Link, stats: DecodeStats) -> Connection:
 
 
 def _open_transport_stream(link: Link, patience: Patience, messages: UdpInput | SrtInput) -> Connection:
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(messages.close)
         container = open_container(link, patience, messages, options=NOTHING, form="mpegts")
-    except BaseException:
-        messages.close()
-        raise
+        undo.pop_all()
     return Connection(container, messages.close, patience)
 
 

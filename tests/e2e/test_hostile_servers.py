@@ -283,6 +283,13 @@ def test_a_content_type_that_is_wrong(server: HttpServer, watch: Callable[..., L
     assert bool(run.of(Frame)) == (not kind.startswith("multipart"))
 
 
+@pytest.mark.parametrize("suffix", ["mkv", "flv"])
+def test_a_title_in_no_encoding(server: HttpServer, watch: Callable[..., Live], tmp_path: Path, suffix: str) -> None:
+    data = make_clip(tmp_path / f"clip.{suffix}", Clip(seconds=1, metadata={"title": "caf\u00e9"})).read_bytes()
+    server.answers["/cam"] = partial(content, data=data.replace(b"caf\xc3\xa9", b"caf\xe9\xe9"))
+    assert len(watch(server.url("/cam")).join(GENEROUS_S).of(Frame)) >= 20
+
+
 HEAD = b"#EXTM3U\n#EXT-X-VERSION:6\n#EXT-X-TARGETDURATION:2\n"
 
 
@@ -345,6 +352,7 @@ def test_a_playlist_of_nothing_but_gaps(server: HttpServer, watch: Callable[...,
     b"#EXTM3U\n#EXT-X-MEDIA-SEQUENCE:-9223372036854775808\n#EXTINF:-1,\nx.ts\n#EXT-X-ENDLIST\n",
     b'#EXTM3U\n#EXT-X-MAP:URI="http://[bad"\n#EXTINF:2,\nhttp://[bad/x.ts\n#EXT-X-ENDLIST\n',
     b'#EXTM3U\n#EXT-X-KEY:METHOD=AES-128,URI="http://[bad",IV=0x' + b"f" * 999 + b"\n#EXTINF:2,\nx.ts\n",
+    b"#EXTM3U\n#EXTINF:2,\n" + "\u00e9".encode() * 3000 + b"\n#EXTINF:2,\na" + "\u00e9".encode() * 3000 + b"\n",
     b"#EXTM3U\n#EXT-X-KEY:METHOD=AES-128\n#EXTINF:2,\nx.ts\n#EXT-X-ENDLIST\n",
     b"#EXTM3U\n#EXT-X-KEY:METHOD=AES-128,URI=key,IV=0xzz\n#EXTINF:2,\nx.ts\n#EXT-X-ENDLIST\n",
 ])  # fmt: skip

@@ -247,6 +247,20 @@ def test_a_web_page_is_not_understood(server: HttpServer, watch: Callable[..., L
     assert run.error is not None and run.error.reason in (Failure.NOT_UNDERSTOOD, Failure.NO_STREAM)
 
 
+@pytest.mark.parametrize(("path", "kind", "asked"), [
+    ("/live/Manifest.MPD", "application/dash+xml", 0),
+    ("/live", "application/dash+xml", 1),
+])  # fmt: skip
+def test_dash_is_refused_with_what_to_use_instead(
+    server: HttpServer, watch: Callable[..., Live], path: str, kind: str, asked: int
+) -> None:
+    server.answers[path] = partial(content, data=b'<?xml version="1.0"?><MPD/>', kind=kind)
+    run = watch(server.url(f"{path}?t=1")).join()
+    assert run.error is not None and (run.error.reason, run.error.retryable) == (Failure.NO_PROTOCOL, False)
+    assert "HLS address (.m3u8)" in str(run.error) and "\n" not in str(run.error)
+    assert len(server.asked) == asked
+
+
 @pytest.mark.parametrize("scheme", ["http", "rtmp", "srt"])
 def test_a_silent_server_is_given_up_in_time(watch: Callable[..., Live], scheme: str) -> None:
     if scheme == "srt" and not has_gstreamer_srt():

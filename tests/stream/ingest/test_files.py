@@ -353,3 +353,13 @@ def test_frames_may_be_wider_than_their_rows_are_aligned(tmp_path: Path) -> None
     assert image.shape == (30, 50, 3)
     assert image.flags["C_CONTIGUOUS"]
     assert image[10:].min() > 230, "no padding may shine through"
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "flv"])
+def test_a_title_in_another_encoding_is_no_obstacle(tmp_path: Path, suffix: str) -> None:
+    path = make_clip(tmp_path / f"clip.{suffix}", Clip(seconds=1, metadata={"title": "caf\u00e9"}))
+    data = path.read_bytes()
+    assert data.count(b"caf\xc3\xa9") >= 1
+    path.write_bytes(data.replace(b"caf\xc3\xa9", b"caf\xe9\xe9"))
+    run = run_source(path)
+    assert run.error is None and len(run.of(Frame)) == 25
