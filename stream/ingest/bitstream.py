@@ -38,7 +38,7 @@ def with_start_codes(data: bytes, lengths: bytes) -> bytes:
     units, at = [], 0
     for length in lengths:
         end = at + 4 + int.from_bytes(data[at : at + 4], "big")
-        units.append(START_CODES[length - 3] + data[at + 4 : end])
+        units.append(START_CODES[length == 4] + data[at + 4 : end])
         at = end
     return b"".join(units)
 

@@ -21,9 +21,11 @@ from av.packet import Packet, PacketSideData, PktSideDataT
 from av.stream import Disposition, Stream
 from av.video.stream import VideoStream
 
+from stream.clock import NS_PER_S
 from stream.ingest.bitstream import adts_header, av1_head, start_codes, vp9_hides, with_start_codes
 from stream.ingest.decode import MediaStream
 from stream.ingest.recording import (
+    FAR_NS,
     NO_RECORDING,
     TAG,
     ClockSet,
@@ -113,7 +115,11 @@ class PartWriter:
         self._timed = template.timed
         self._expansions = template.expansions
         self._adts = template.adts
-        self._annexb = {index for index, track in enumerate(template.tracks) if track.parameter_sets is not None}
+        self._annexb = {
+            index
+            for index, track in enumerate(template.tracks)
+            if track.kind == "video" and track.parameter_sets is not None
+        }
         self._codecs = template.codecs
         self._bases = [Fraction(*track.time_base) for track in template.tracks]
         self._recent: deque[Media] = deque(maxlen=2 * len(self._tracks))
@@ -220,7 +226,7 @@ def _private(path: str, flags: int) -> int:
 
 
 def _ns(ticks: int | None, base: Fraction) -> int | None:
-    return None if ticks is None else ticks * base.numerator * 1_000_000_000 // base.denominator
+    return None if ticks is None else ticks * base.numerator * NS_PER_S // base.denominator
 
 
 def _set_side(packet: Packet[Stream], name: str, data: bytes) -> None:
@@ -247,7 +253,7 @@ def open_part(path: Path) -> InputContainer:
     """Raises ``NotARecording``, and ``av.error.FFmpegError`` when there is nothing that can be read."""
     try:
         # The prefix keeps FFmpeg from taking a colon in a file's name for a protocol.
-        return av.open(f"file:{path}", format="matroska", options=_READ)
+        return av.open(f"file:{path}", format="matroska", options=_READ, metadata_errors="replace")
     except (av.error.InvalidDataError, av.error.EOFError):
         raise NotARecording(NO_RECORDING) from None
     except av.error.FFmpegError as error:
@@ -273,8 +279,8 @@ def read_part(path: Path) -> Iterator[Entry]:
             for packet in container.demux():
                 if packet.size:
                     yield _entry(packet, path)
-        except av.error.FFmpegError:
-            # A file that was cut off: what comes before the cut counts.
+        except (av.error.FFmpegError, NotARecording):
+            # A file that was cut off, or is damaged: what comes before counts.
             return
 
 
@@ -322,14 +328,18 @@ def decodes_as_it_came(stream: MediaStream, track: Track) -> None:
 
 
 def as_arrived(media: Media, stream: MediaStream, track: Track) -> Packet[Stream]:
-    """The packet as it was, with its own times, to be decoded as one of ``stream``."""
-    if track.parameter_sets is None or media.as_text:
+    """The packet as it was, with its own times, to be decoded as one of ``stream``. Raises ``NotARecording``."""
+    base = Fraction(*track.time_base)
+    latest = max(abs(media.stamp.pts or 0), abs(media.stamp.dts or 0))
+    if latest * base * NS_PER_S >= FAR_NS:
+        raise NotARecording("a packet of no time there is")
+    if track.parameter_sets is None or track.kind != "video" or media.as_text:
         data = media.stamp.head + media.data
     else:
         data = with_start_codes(media.data, media.stamp.head)
     packet = padded_packet(data)
     packet.stream = stream
-    packet.time_base = Fraction(*track.time_base)
+    packet.time_base = base
     packet.pts, packet.dts, packet.duration = media.stamp.pts, media.stamp.dts, media.stamp.duration
     packet.is_keyframe, packet.is_corrupt = media.stamp.key, media.stamp.corrupt
     for name, data in media.stamp.side:

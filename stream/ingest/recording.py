@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import re
 import struct
+from base64 import b64decode
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stream.clock import NS_PER_MS, NS_PER_S
 
@@ -23,6 +24,10 @@ TAG = "SIGHTWIRE"
 NO_RECORDING = "not a recording of sightwire record, or no more than the beginning of one"
 REPLAYED_SETTINGS = {"audio", "hop_s", "packs", "roi", "scaling", "skip_frames"}
 """Settings of a source that decide what its windows hold: a recording keeps them, and a replay takes them over."""
+FAR_NS = 1 << 62
+"""No time, and no number, is further away."""
+MOST_REORDERED = 16
+"""Frames that any decoder holds back."""
 MAX_GAP_NS = 10 * NS_PER_S
 """A step of the timestamps forward by more than this is not shown to players."""
 MAX_LAG_NS = 2 * NS_PER_S
@@ -81,7 +86,7 @@ class Stamp:
             raise NotARecording("a packet without a stamp")
         _, number, arrival_ns, pts, dts, duration, report_ns, flags, length = _STAMP.unpack_from(data)
         rest = _STAMP.size + length
-        if len(data) < rest:
+        if len(data) < rest or abs(arrival_ns) > FAR_NS:
             raise NotARecording("a stamp that is cut off")
         return cls(
             number,
@@ -125,7 +130,8 @@ class Track:
     frame_interval_ns: int = 0
     """Nominal interval between frames; 0 when not announced."""
     parameter_sets: str | None = None
-    """In base64, those announced for packets that are cut at start codes; Matroska keeps these behind lengths."""
+    """In base64, those announced (none are an empty string) where the file's header may say something else: for video
+    whose packets are cut at start codes, which Matroska keeps behind lengths, and for AAC with headers of its own."""
     reorder: int = 0
     """Frames that the decoder is to hold back at first to put them in order, as far as FFmpeg had found out."""
 
@@ -221,18 +227,46 @@ def note_from_text(text: str) -> Note:
         values = json.loads(text)
         kind = _KINDS[values.pop("note")]
         if kind is Connected:
+            if not isinstance(values["tracks"], list):
+                raise ValueError(text)
             tracks = (Track(**{**track, "time_base": _ratio(track["time_base"])}) for track in values["tracks"])
-            values["tracks"] = tuple(tracks)
-        return kind(**values)
-    except (ValueError, KeyError, TypeError, AttributeError):
+            values["tracks"] = tuple(_checked(track) for track in tracks)
+        return _checked(kind(**values))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise NotARecording("a note that cannot be read") from None
 
 
 def _ratio(value: Any) -> tuple[int, int]:
     above, below = value
-    if not (isinstance(above, int) and isinstance(below, int) and above > 0 and below > 0):
+    if not all(isinstance(part, int) and 0 < part < 1 << 31 for part in (above, below)):
         raise ValueError(value)
     return above, below
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "str": (str,),
+    "bool": (bool,),
+    "float": (int, float),
+    "str | None": (str, type(None)),
+}
+
+_T = TypeVar("_T", bound="Note | Track")
+
+
+def _checked(what: _T) -> _T:
+    """Raises ``ValueError`` for values that no recorder wrote."""
+    for known in fields(what):
+        value = getattr(what, known.name)
+        if not isinstance(value, _TYPES.get(str(known.type), (object,))):
+            raise ValueError(known.name)
+        if isinstance(value, int) and abs(value) > FAR_NS:
+            raise ValueError(known.name)
+    if isinstance(what, Track):
+        if what.kind not in ("video", "audio") or what.frame_interval_ns < 0 or not 0 <= what.reorder <= MOST_REORDERED:
+            raise ValueError(what)
+        b64decode(what.parameter_sets or "")
+    return what
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,11 +294,13 @@ class Title:
             if values.pop("format") > FORMAT:
                 raise NotARecording("made by a newer version; update sightwire")
             title = cls(**values)
-            if not (isinstance(title.session, str) and isinstance(title.part, int) and isinstance(title.source, str)):
+            names = isinstance(title.session, str) and isinstance(title.source, str)
+            numbered_right = isinstance(title.part, int) and 0 <= title.part < FAR_NS
+            if not (names and numbered_right and isinstance(title.settings, dict)):
                 raise ValueError(text)
         except NotARecording:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise NotARecording(NO_RECORDING) from None
         return title
 

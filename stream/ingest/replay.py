@@ -24,6 +24,7 @@ from av.video.stream import VideoStream
 
 from engines.manifest import VideoInput
 from stream.clock import NS_PER_S, Clock
+from stream.errors import SourceError
 from stream.ingest.assemble import Assembler
 from stream.ingest.capture import LiveCapture
 from stream.ingest.decode import Decoder, FrameRenderer, MediaStream, Selected, nothing_decoded
@@ -41,6 +42,7 @@ from stream.ingest.matroska import (
 )
 from stream.ingest.recorder import ArrivalClock
 from stream.ingest.recording import (
+    FAR_NS,
     REPLAYED_SETTINGS,
     ClockSet,
     Connected,
@@ -55,7 +57,7 @@ from stream.ingest.recording import (
 )
 from stream.ingest.stats import DecodeStats
 from stream.source_settings import Pace, SourceSettings
-from stream.types import Elapsed, Emit, EpochEnd, EpochStart, MediaItem, StopFlag, Stopped
+from stream.types import ClockUpdate, Elapsed, Emit, EpochEnd, EpochStart, MediaItem, StopFlag, Stopped
 
 
 def session_entries(path: Path) -> Iterator[Entry]:
@@ -170,7 +172,7 @@ class ReplaySource:
         selected, chosen = self._select(container, connected)
         interval_ns = max(track.frame_interval_ns for track in connected.tracks) if connected.timed else 0
         tracks = replace(selected.tracks(self._audio_rate), frame_interval_ns=interval_ns)
-        emitter = _Emitter(emit, self.source_id, fast=self._settings.pace is Pace.FAST)
+        emitter = _Emitter(emit, self.source_id, times, fast=self._settings.pace is Pace.FAST)
         assembler: Assembler[VideoFrame] = Assembler(
             self.source_id,
             self._inputs,
@@ -216,71 +218,72 @@ class ReplaySource:
 
 
 class _Times:
-    """Arrival as it was, moved onto this process's clock.
+    """Arrival as it was, and how far that is from this process's clock.
 
-    Fast, it is the time at which the packet really arrived; in its own time the recording begins now.
+    Fast, media arrives when it really did; in its own time the recording begins now.
     """
 
     def __init__(self, clock: Clock, pace: Pace, stop: StopFlag) -> None:
         self.clock = ArrivalClock()
+        """That of the recording process."""
+        self.shift_ns = 0
+        """This process's clock less that of the recording process."""
         self._source_clock = clock
         self._pace = pace
         self._stop = stop
-        self._shift_ns: int | None = None
+        self._begun = False
 
     @property
     def now_ns(self) -> int:
-        """Arrival of the newest packet."""
+        """Arrival of the newest packet, by the recording process's clock."""
         return self.clock.now_ns
 
     def go_on_to(self, what: Happened) -> None:
         """Go on to the next thing that happened, waiting for it where the pace is real time."""
-        if isinstance(what, Connected) and self._shift_ns is None:
+        if isinstance(what, Connected) and not self._begun:
+            self._begun = True
             now_ns = self._source_clock.monotonic_ns()
-            if self._pace is Pace.FAST and not what.timed:
-                # Arrival is presentation: it must be as it was.
-                self._shift_ns = 0
-            elif self._pace is Pace.FAST:
-                self._shift_ns = what.wall_offset_ns - (self._source_clock.wall_ns() - now_ns)
+            if self._pace is Pace.FAST:
+                self.shift_ns = what.wall_offset_ns - (self._source_clock.wall_ns() - now_ns)
             else:
-                self._shift_ns = now_ns - what.arrival_ns
-        shift_ns = self._shift_ns or 0
+                self.shift_ns = now_ns - what.arrival_ns
         if isinstance(what, Connected | ClockSet):
-            self.clock.wall_offset_ns = what.wall_offset_ns - shift_ns
+            self.clock.wall_offset_ns = what.wall_offset_ns
         if not isinstance(what, ClockSet):
-            arrival_ns = what.stamp.arrival_ns if isinstance(what, Media) else what.arrival_ns
-            self._wait_until(arrival_ns + shift_ns)
+            self._wait_until(what.stamp.arrival_ns if isinstance(what, Media) else what.arrival_ns)
 
-    def _wait_until(self, now_ns: int) -> None:
-        self.clock.now_ns = now_ns
-        wait_ns = now_ns - self._source_clock.monotonic_ns()
+    def _wait_until(self, arrival_ns: int) -> None:
+        self.clock.now_ns = arrival_ns
+        wait_ns = arrival_ns + self.shift_ns - self._source_clock.monotonic_ns()
         if self._pace is Pace.REALTIME and wait_ns > 0:
-            self._stop.wait(wait_ns / NS_PER_S)
+            self._stop.wait(min(wait_ns, FAR_NS) / NS_PER_S)
 
 
 class _Emitter:
-    """Tells beside the media how late it is, where nobody can see that on a clock."""
+    """Hands on with arrival by this process's clock, and tells how late it is where nobody can see that on a clock."""
 
-    def __init__(self, emit: Emit, source_id: str, *, fast: bool) -> None:
+    def __init__(self, emit: Emit, source_id: str, times: _Times, *, fast: bool) -> None:
         self._emit = emit
         self._source_id = source_id
+        self._times = times
         self._fast = fast
         self._epoch: int | None = None
-        self._now_ns = 0
 
     def __call__(self, item: MediaItem) -> None:
-        self._emit(item)
+        if isinstance(item, ClockUpdate):
+            self._emit(item)
+            return
+        self._emit(replace(item, arrival_ns=item.arrival_ns + self._times.shift_ns))
         if isinstance(item, EpochStart):
             self._epoch = item.epoch
-            self.elapse(self._now_ns)
+            self.elapse()
         elif isinstance(item, EpochEnd):
             self._epoch = None
 
-    def elapse(self, now_ns: int) -> None:
-        """It is this late now."""
-        self._now_ns = now_ns
+    def elapse(self) -> None:
+        """It is as late now as when the newest packet came."""
         if self._fast and self._epoch is not None:
-            self._emit(Elapsed(self._source_id, self._epoch, now_ns))
+            self._emit(Elapsed(self._source_id, self._epoch, self._times.now_ns + self._times.shift_ns))
 
 
 class _Connection:
@@ -303,29 +306,33 @@ class _Connection:
         self._times = times
 
     def take(self, what: Media | Flushed | Said) -> None:
-        """A packet, a caption, or the end of a track. Raises ``SourceError``."""
+        """A packet, a caption, or the end of a track."""
+        now_ns = self._times.now_ns
+        self._emitter.elapse()
         if isinstance(what, Said):
-            self._emitter.elapse(self._times.now_ns)
-            self._decoder.say([(what.begin_ns, what.end_ns, what.text)], self._times.now_ns)
+            self._decoder.say([(what.begin_ns, what.end_ns, what.text)], now_ns)
             return
+        if isinstance(what, Media) and what.stamp.report_ns is not None:
+            # Of a track that is not looked at, too: the sender has one clock.
+            self._assembler.sender_report(what.stamp.report_ns)
         stream = self._streams.get(what.track)
         if stream is None:
             return
-        now_ns = self._times.now_ns
-        self._emitter.elapse(now_ns)
         if isinstance(what, Flushed):
             packet: Packet[Stream] = Packet()
             packet.stream = stream
         else:
             packet = as_arrived(what, stream, self._tracks[what.track])
-            if what.stamp.report_ns is not None:
-                self._assembler.sender_report(what.stamp.report_ns)
-        self._decoder.feed(packet, now_ns)
+        try:
+            self._decoder.feed(packet, now_ns)
+        except SourceError:
+            # Too much damage: the live run gave this connection up then, and the recording says so.
+            return
 
     def finish(self, reason: str) -> int:
         """It is over; returns the number of the next epoch."""
         now_ns = self._times.now_ns
-        self._emitter.elapse(now_ns)
+        self._emitter.elapse()
         self._decoder.finish(reason, now_ns)
         return self._assembler.next_epoch
 

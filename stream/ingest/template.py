@@ -229,8 +229,9 @@ def _track(stream: MediaStream, headed: bool) -> Track:
     base = stream.time_base or Fraction(1)
     interval_ns = frame_interval_ns(stream) if isinstance(stream, av.VideoStream) else 0
     sets: str | None = None
-    extradata = stream.codec_context.extradata or b""
-    if stream.codec_context.name in _PARAMETER_SETS and (not headed or extradata.startswith(START_CODES)):
+    codec, extradata = stream.codec_context.name, stream.codec_context.extradata or b""
+    between_codes = codec in _PARAMETER_SETS and (not headed or extradata.startswith(START_CODES))
+    if between_codes or (codec == "aac" and not extradata):
         sets = b64encode(extradata).decode()
     reorder = stream.codec_context.reorder_depth if isinstance(stream, av.VideoStream) else 0
     return Track(stream.type, (base.numerator, base.denominator), interval_ns, sets, reorder)

@@ -13,6 +13,7 @@ import av
 
 from engines.manifest import VideoInput
 from stream.clock import ManualClock
+from stream.errors import SourceError
 from stream.ingest.assemble import Assembler
 from stream.ingest.capture import LiveCapture
 from stream.ingest.decode import Decoder, FrameRenderer, read_packets, select_streams
@@ -79,8 +80,11 @@ class Camera:
         lost: Callable[[str, float], bool] = never,
         options: dict[str, str] | None = None,
     ) -> None:
-        """One connection; ``reports`` gives a sender report at a media time, ``shift_s`` moves the timestamps, ``lost``
-        says by kind and media time which packets never come, ``options`` are FFmpeg's for opening the clip."""
+        """One connection, given up after too much damage.
+
+        ``reports`` gives a sender report at a media time, ``shift_s`` moves the timestamps, ``lost`` says by kind and
+        media time which packets never come, ``options`` are FFmpeg's for opening the clip.
+        """
         with av.open(str(clip), options=options) as container:
             selected = select_streams(container, video=bool(self.inputs), audio=self.audio_rate is not None)
             tracks = selected.tracks(self.audio_rate, timed=self.timed)
@@ -114,7 +118,10 @@ class Camera:
                 self.recorder.received(packet, self.clock.now_ns, report_ns)
                 if report_ns is not None:
                     assembler.sender_report(report_ns)
-                decoder.feed(packet, self.clock.now_ns)
+                try:
+                    decoder.feed(packet, self.clock.now_ns)
+                except SourceError:
+                    break
             self.before(self.clock.now_ns)
             self.recorder.ended(ending, self.clock.now_ns)
             decoder.finish(ending, self.clock.now_ns)

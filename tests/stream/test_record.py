@@ -77,6 +77,32 @@ def test_connections_clocks_and_jumps_come_again(tmp_path: Path, clock: ManualCl
     assert facts(replay(tmp_path / "out.mkv")) == live
 
 
+def test_the_clock_is_the_same_for_packs_that_look_at_less(tmp_path: Path, clock: ManualClock) -> None:
+    """Sender reports may have come with the packets of a track that a replay does not decode."""
+    clip = make_clip(tmp_path / "clip.mp4", Clip(seconds=4))
+    utc_ns = clock.wall_ns() - clock.monotonic_ns()
+    kinds: list[str] = []
+    with recording(tmp_path / "out.mkv", clock) as recorder:
+        received = recorder.received
+
+        def noticed(packet: av.Packet, arrival_ns: int, report_ns: int | None) -> None:
+            kinds.append(packet.stream.type if report_ns is not None else "")
+            received(packet, arrival_ns, report_ns)
+
+        recorder.received = noticed  # type: ignore[method-assign]
+        camera = Camera(recorder, clock, EVERY_FRAME)
+        camera.play(clip, reports=lambda at_s: utc_ns + START_NS + 9 * MS * round(at_s) if at_s % 0.1 < 0.03 else None)
+    assert {"video", "audio"} <= set(kinds)
+
+    def clocks(items: list[MediaItem]) -> list[object]:
+        return [item.clock for item in items if isinstance(item, EpochStart | ClockUpdate)]
+
+    assert len(clocks(camera.items)) > 3
+    for less in ({"audio_rate": None}, {"inputs": ()}):
+        run = run_source(f"replay://{tmp_path / 'out.mkv'}", clock=SystemClock(), **less)  # type: ignore[arg-type]
+        assert clocks(run.items)[-3:] == clocks(camera.items)[-3:], less
+
+
 def test_new_codecs_are_a_new_file_of_the_same_recording(tmp_path: Path, clock: ManualClock) -> None:
     clips = [
         make_clip(tmp_path / "a.mp4", Clip(seconds=2)),
@@ -162,6 +188,10 @@ def test_pictures_without_times_come_again_at_their_arrival(tmp_path: Path, cloc
         camera.play(clip)
     assert camera.items[0].origin_ns == camera.items[0].arrival_ns  # type: ignore[union-attr]
     assert facts(replay(tmp_path / "out.mkv")) == facts(camera.items)
+    later = ManualClock(77 * S)
+    run = run_source(f"replay://{tmp_path / 'out.mkv'}", clock=later, stop=ManualStop(later), pace="realtime")
+    assert facts(run.items) == facts(camera.items), "events are named by them"
+    assert 0 <= run.of(EpochStart)[0].arrival_ns - 77 * S < 100 * MS
     with av.open(str(tmp_path / "out.mkv")) as container:
         assert container.duration is not None and 1.5 < container.duration / 1e6 < 3
 

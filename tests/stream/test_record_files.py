@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import random
 import resource
 import threading
 from collections.abc import Iterator
@@ -93,6 +95,29 @@ def test_what_is_left_of_a_file_that_was_cut_off_is_replayed(tmp_path: Path, clo
     assert lengths == sorted(lengths) and lengths[0] > 20
     cut.write_bytes(whole[:-20])
     assert replayed(cut) == live, "the index at the end is for players"
+
+
+def test_a_damaged_file_is_replayed_as_far_as_it_goes(tmp_path: Path, clock: ManualClock, clip: Path) -> None:
+    """Or refused in one line; whatever is in it, nothing else happens."""
+    record(tmp_path / "out.mkv", clock, clip)
+    whole = (tmp_path / "out.mkv").read_bytes()
+    rng, damaged, played = random.Random(1), tmp_path / "damaged.mkv", 0
+    for number in range(60):
+        data = bytearray(whole)
+        # In one part of the files only where the notes and the first packets are.
+        end = len(data) if number % 2 else 3000
+        for _ in range(rng.randrange(1, 6)):
+            at = rng.randrange(end)
+            data[at : at + 8] = rng.choice([b"\0", b"\xff", rng.randbytes(8)]).ljust(8, rng.randbytes(1))[
+                : len(data) - at
+            ]
+        damaged.write_bytes(data)
+        run = run_source(f"replay://{damaged}", clock=SystemClock())
+        played += run.error is None
+        if run.error is not None:
+            assert not run.error.retryable and "\n" not in str(run.error)
+        assert len(run.of(EpochStart)) - len(run.of(EpochEnd)) in (0, 1)
+    assert 10 < played < 60
 
 
 def test_a_file_without_a_header_holds_no_media(tmp_path: Path, clock: ManualClock, clip: Path) -> None:
@@ -296,7 +321,7 @@ stamps = st.builds(
     side=side.map(tuple),
 )
 numbers = st.integers(0, 1 << 62)
-tracks = st.builds(Track, st.sampled_from(["video", "audio"]), st.tuples(*[st.integers(1, 1 << 31)] * 2), numbers)
+tracks = st.builds(Track, st.sampled_from(["video", "audio"]), st.tuples(*[st.integers(1, (1 << 31) - 1)] * 2), numbers)
 notes = st.one_of(
     st.builds(Connected, numbers, times, times, st.lists(tracks, max_size=3).map(tuple)),
     st.builds(ClockSet, numbers, times),
@@ -331,6 +356,36 @@ def test_damaged_notes_and_titles_are_refused(text: str) -> None:
     for read in (note_from_text, Title.from_text):
         with pytest.raises(NotARecording):
             read(text)
+
+
+def test_notes_and_titles_of_other_kinds_than_a_recorder_writes_are_refused() -> None:
+    track = Track("video", (1, 90_000), parameter_sets="AAAA")
+    good = {"title": Title("a", 0, "cam").to_text()}
+    for note in (Connected(0, 1, 2, (track,)), Said(0, 1, 2, 3, "text"), Unfit(0, 1, "AA", "AA"), Ended(0, 1, "lost")):
+        good[note_to_text(note)] = note_to_text(note)
+        assert note_from_text(note_to_text(note)) == note
+    for text in good.values():
+        told = json.loads(text)
+        for name in told:
+            for other in (None, [], {}, "text", 1.5, 1 << 70):
+                if type(other) is type(told[name]) and not isinstance(other, int):
+                    continue
+                with pytest.raises(NotARecording):
+                    (note_from_text if "note" in told else Title.from_text)(json.dumps({**told, name: other}))
+    wrong = [
+        ("time_base", [1, 1 << 31]),
+        ("kind", "subtitle"),
+        ("parameter_sets", "A"),
+        ("reorder", 17),
+        ("reorder", -1),
+    ]
+    for name, value in wrong:
+        said = json.loads(note_to_text(Connected(0, 1, 2, (track,))))
+        said["tracks"][0][name] = value
+        with pytest.raises(NotARecording):
+            note_from_text(json.dumps(said))
+    with pytest.raises(NotARecording):
+        note_from_text("[" * 100_000)
 
 
 packets = st.tuples(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from stream.clock import ManualClock, SystemClock
+from stream.ingest.decode import BAD_PACKETS_LIMIT
 from stream.types import AudioChunk, EpochStart, Frame, MediaItem
 from tests.stream.camera import Camera, facts, recording
 from tests.stream.ingest.media import EVERY_FRAME, Clip, make_clip, run_source
@@ -196,3 +197,24 @@ def test_a_decoder_that_was_known_to_reorder_frames_does_so_from_the_first(tmp_p
     order = [type(item) for item in camera.items if isinstance(item, Frame | AudioChunk | EpochStart)]
     assert order[0] is EpochStart
     assert facts(replay(tmp_path / "out.mkv")) == facts(camera.items)
+
+
+def test_a_connection_that_was_given_up_is_given_up_again_and_the_next_one_goes_on(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    clip = make_clip(tmp_path / "clip.mkv", Clip(seconds=14, audio=None, size=(64, 64)))
+    broken = False
+
+    def now_and_then(rng: random.Random, inside: memoryview) -> None:
+        if broken:
+            overwrite(rng, inside)
+
+    with recording(tmp_path / "out.mkv", clock) as recorder:
+        damaging(recorder, 1.0, now_and_then)
+        camera = Camera(recorder, clock, EVERY_FRAME)
+        for broken in (False, True, False):  # noqa: B007 - the packets of that connection are
+            camera.play(clip)
+            clock.advance(1_000_000_000)
+    assert camera.stats.corrupt_packets == BAD_PACKETS_LIMIT
+    assert facts(replay(tmp_path / "out.mkv")) == facts(camera.items)
+    assert len([item for item in camera.items if isinstance(item, EpochStart)]) == 2
