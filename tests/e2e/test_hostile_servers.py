@@ -119,6 +119,14 @@ def test_a_body_that_drips_before_it_is_media(server: HttpServer, watch: Callabl
     ended(run, Failure.TIMEOUT)
 
 
+@pytest.mark.parametrize("word", [b"\x03", b"\x00", b"RTMP"])
+def test_a_handshake_of_rtmp_that_drips(watch: Callable[..., Live], word: bytes) -> None:
+    server = RawServer(partial(for_ever, data=word, pause_s=0.02), asks=False)
+    run = watch(server.url("/live/cam", "rtmp"), open_timeout_s=1.0, stall_timeout_s=1.0).join(GENEROUS_S)
+    server.close()
+    ended(run, Failure.TIMEOUT, Failure.NOT_UNDERSTOOD, Failure.IO, Failure.NOT_MEDIA, Failure.CONNECTION_LOST)
+
+
 def test_data_that_holds_no_media_is_a_stall(
     raw: Callable[[Say], RawServer], watch: Callable[..., Live], clip: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

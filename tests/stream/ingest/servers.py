@@ -230,10 +230,12 @@ def drip(handler: Handler, data: bytes, over: threading.Event, pause_s: float = 
 
 
 class RawServer:
-    """Takes each connection, reads a request and lets ``answer`` say what it likes, on a thread of its own."""
+    """Takes each connection, reads a request, and lets ``answer`` say what it likes, on a thread of its own."""
 
-    def __init__(self, answer: Callable[[socket.socket], None], host: str = "127.0.0.1") -> None:
-        self._listener = socket.create_server((host, 0))
+    def __init__(self, answer: Callable[[socket.socket], None], asks: bool = True) -> None:
+        """``asks``: whether clients send a request of HTTP first."""
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._asks = asks
         self._answer = answer
         self.port = int(self._listener.getsockname()[1])
         threading.Thread(target=self._serve, daemon=True).start()
@@ -249,13 +251,13 @@ class RawServer:
     def _talk(self, connection: socket.socket) -> None:
         with connection, suppress(OSError):
             connection.settimeout(30)
-            while b"\r\n\r\n" not in connection.recv(65_536):
+            while self._asks and b"\r\n\r\n" not in connection.recv(65_536):
                 pass
             self._answer(connection)
 
-    def url(self, path: str = "/cam") -> str:
+    def url(self, path: str = "/cam", scheme: str = "http") -> str:
         """Address of a path."""
-        return f"http://127.0.0.1:{self.port}{path}"
+        return f"{scheme}://127.0.0.1:{self.port}{path}"
 
     def close(self) -> None:
         """Take no more connections."""
