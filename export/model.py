@@ -48,10 +48,10 @@ def read_model(what: str, options: ExportOptions) -> PackToWrite:
     path = Path(what).expanduser()
     if options.weights is not None and (path.suffix == ".onnx" or path.is_dir()):
         raise ExportError(f"{what} holds its own weights; leave {options.weights} out")
-    if options.mode not in (None, Mode.CLIP) and not checkpoint.is_folder(path):
-        raise ExportError(f"only models of `sightwire train` can be {options.mode}; leave the mode out")
     if path.suffix == ".onnx":
         return onnx_file.onnx_pack(path, options)
+    if options.mode not in (None, Mode.CLIP) and not checkpoint.is_folder(path):
+        raise ExportError(f"only models of `sightwire train` can be {options.mode}; leave the mode out")
     if path.is_dir():
         return _read_folder(path, options)
     if vision.is_name(what):

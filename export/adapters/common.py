@@ -177,6 +177,11 @@ TINY = 1e-7
 def wrap(network: nn.Module, description: Description) -> GraphToExport:
     """A network as the graph of a pack. Raises ``ExportError`` when what it gives is not what is described."""
     video, audio, heads = description.video, description.audio, description.heads
+    if description.states:
+        raise ExportError(
+            f"{description.name}: states can be described of ONNX files only; export the model as one, with its states "
+            "as inputs and outputs"
+        )
     example: dict[str, Tensor] = {}
     if video is not None:
         example["frames"] = torch.zeros(2, video.frames, video.height, video.width, 3, dtype=torch.uint8)

@@ -16,7 +16,20 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from engines.manifest import NS_PER_S, AudioInput, Branch, Head, HeadKind, Label, Mode, Name, Threshold, VideoInput
+from engines.manifest import (
+    NS_PER_S,
+    AudioInput,
+    Branch,
+    Head,
+    HeadKind,
+    Label,
+    Mode,
+    Name,
+    StateSpec,
+    Threshold,
+    VideoInput,
+)
+from engines.stateful import MEDIA
 from export.build import ExportError
 from models.config import Strict
 
@@ -69,8 +82,6 @@ class Picture(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if "T" not in self.layout and self.frames > 1:
-            raise ValueError(f"layout {self.layout} has no T, but there are {self.frames} frames")
         if self.crop is not None and (self.crop[0] > self.height or self.crop[1] > self.width):
             raise ValueError(f"crop {list(self.crop)} is larger than the frame, {self.height} x {self.width}")
         return self
@@ -134,6 +145,9 @@ class Description(Strict):
     hop_s: Annotated[float, Field(gt=0, le=120)] | None = None
     """Between windows, to the nearest sample; half a window when not given."""
     heads: dict[Name, HeadSpec] = Field(min_length=1)
+    states: dict[str, str] = Field(default_factory=dict)
+    """ONNX files only: each input that holds a state, and the output that is this input at the next hop. A network with
+    states takes the samples of one hop at a time, and zeros at first."""
     published: str | None = None
     """torchvision only: the published weights whose preprocessing and labels hold, such as ``KINETICS400_V1``."""
 
@@ -143,7 +157,29 @@ class Description(Strict):
             raise _unstated("video", " or audio")
         if self.video is None and self.audio is not None and self.audio.window_s is None:
             raise _unstated("audio.window_s")
+        states = {name for state in self.states_in_pack for name in (state.input, state.output)}
+        if taken := sorted(self.heads.keys() & (MEDIA | states)):
+            raise ValueError(f"heads: {taken[0]} is the name of a tensor of the pack; give the head another name")
+        if self.states and self.video is None:
+            raise ValueError("states go with video, which comes sample by sample")
+        if self.states and self.hop_s is None:
+            raise _unstated("hop_s", " (with states: what the network takes at once)")
+        if self.video is not None and "T" not in self.video.layout and self.samples > 1:
+            raise ValueError(f"video: layout {self.video.layout} has no T, but there are {self.samples} frames")
         return self
+
+    @property
+    def samples(self) -> int:
+        """Samples that the network takes at once: those of a window, with states of a hop."""
+        if self.video is None:
+            return 0
+        fps, _, hop_ns = self._timing()
+        return int(fps * hop_ns / NS_PER_S) if self.states else self.video.frames
+
+    @property
+    def states_in_pack(self) -> tuple[StateSpec, ...]:
+        """The states by the names that the pack gives them."""
+        return tuple(StateSpec(input=f"state_{n}", output=f"next_state_{n}") for n in range(len(self.states)))
 
     def branch(self) -> Branch:
         """The window in a manifest's terms. Raises ``ExportError`` when it is out of bounds."""
@@ -152,12 +188,13 @@ class Description(Strict):
         try:
             return Branch(
                 name=BRANCH,
-                mode=Mode.CLIP,
+                mode=Mode.STATEFUL if self.states else Mode.CLIP,
                 window_ns=window_ns,
                 hop_ns=hop_ns,
                 video=None if video is None else VideoInput(width=video.width, height=video.height, fps=fps),
                 audio=None if audio is None else AudioInput(sample_rate=audio.sample_rate),
                 graph=GRAPH,
+                states=self.states_in_pack,
                 heads=tuple(_head(name, head) for name, head in self.heads.items()),
             )
         except ValidationError as error:

@@ -15,10 +15,11 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto, compose, helper, numpy_helper, version_converter
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from engines.manifest import file_sha256
+from engines.manifest import Mode, file_sha256
 from engines.types import Array, Tensors
 from export.adapters.common import TINY, ExportOptions, check_output, first_line, middle, pack_of
 from export.adapters.describe import GRAPH, Description, HeadSpec, Picture, describe, pack_name, read_stated
+from export.adapters.onnx_states import FileState, check_given, file_states
 from export.build import BATCH, OPSET, ExportError, PackToWrite, ReadyGraph
 
 _ORT_ERRORS = (
@@ -50,7 +51,12 @@ def onnx_pack(path: Path, options: ExportOptions) -> PackToWrite:
     body = read_onnx(path)
     stated = read_stated(options.describe) | options.stated_name()
     description = describe(str(path), {"name": pack_name(path.stem)}, stated, options.describe)
-    wiring = _wire(path, body, description)
+    _check_mode(path, description, options.mode)
+    # What a manifest would refuse is said before the file is tried.
+    description.branch()
+    states = file_states(path, body, description)
+    _free_batch(body)
+    wiring = _wire(path, body, description, states)
     plain = _Plain(path, body, description, wiring)
     shapes = plain.check()
     merged = _surround(body, description, wiring, shapes)
@@ -63,7 +69,7 @@ def onnx_pack(path: Path, options: ExportOptions) -> PackToWrite:
 
 
 def read_onnx(path: Path) -> onnx.ModelProto:
-    """A checked model with a free batch and a usable opset. Raises ``ExportError`` when the file cannot be read."""
+    """A checked model of a usable opset. Raises ``ExportError`` when the file cannot be read."""
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model)
@@ -73,8 +79,15 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         raise ExportError(f"no ONNX file at {path}; correct the path") from None
     except (DecodeError, onnx.checker.ValidationError, OSError, RuntimeError, ValueError) as error:
         raise ExportError(f"{path} is not a whole, valid ONNX file ({first_line(error)}); export it anew") from error
-    _free_batch(model)
     return model
+
+
+def _check_mode(path: Path, description: Description, mode: Mode | None) -> None:
+    stateful = bool(description.states)
+    if mode is not None and mode is not (Mode.STATEFUL if stateful else Mode.CLIP):
+        remedy = "take states out of its description" if stateful else "an ONNX file with states in its description"
+        needs = f"mode {mode} needs" if not stateful else f"it has states, mode {mode} takes none;"
+        raise ExportError(f"{path}: {needs} {remedy}; or leave the mode out")
 
 
 def _opset(model: onnx.ModelProto) -> int:
@@ -100,27 +113,36 @@ class _Wiring:
     """By ``frames`` and ``audio``."""
     outputs: Mapping[str, str]
     """By head."""
+    states: tuple[FileState, ...] = ()
+    """Both."""
 
 
-def _wire(path: Path, model: onnx.ModelProto, description: Description) -> _Wiring:
+def _wire(path: Path, model: onnx.ModelProto, description: Description, states: tuple[FileState, ...]) -> _Wiring:
     weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = [port.name for port in model.graph.input if port.name not in weights]
-    outputs = [port.name for port in model.graph.output]
+    held = {name for state in states for name in (state.input, state.output)}
+    inputs = [port.name for port in model.graph.input if port.name not in weights | held]
+    every = [port.name for port in model.graph.output]
+    # An answer may be a state too, but then it must be named.
+    outputs = [name for name in every if name not in held]
     taken = {
         name: _named(f"{path}: {key}.input", spec.input, inputs)
         for name, key, spec in (("frames", "video", description.video), ("audio", "audio", description.audio))
         if spec is not None
     }
     if unfed := sorted(set(inputs) - set(taken.values())):
-        raise ExportError(f"{path}: nothing is said of its input {unfed[0]}; export it without, or describe it")
+        raise ExportError(
+            f"{path}: nothing is said of its input {unfed[0]}; export it without, or describe it (under states if it "
+            "is one)"
+        )
     elements = {port.name: port.type.tensor_type.elem_type for port in model.graph.input}
     for tensor in taken.values():
         if elements[tensor] not in (TensorProto.FLOAT, TensorProto.UINT8):
             raise ExportError(f"{path}: input {tensor} is neither float32 nor uint8; export it with float32")
     given = {
-        name: _named(f"{path}: heads.{name}.output", head.output, outputs) for name, head in description.heads.items()
+        name: _named(f"{path}: heads.{name}.output", head.output, every if head.output is not None else outputs)
+        for name, head in description.heads.items()
     }
-    return _Wiring(taken, given)
+    return _Wiring(taken, given, states)
 
 
 def _named(key: str, wanted: str | None, there: list[str]) -> str:
@@ -156,8 +178,11 @@ class _Plain:
             fed[tensor] = self._prepared(name, inputs[name])
             if tensor in self.bytes_taken:
                 fed[tensor] = fed[tensor].round().clip(0, 255).astype(np.uint8)
+        states = self.wiring.states
+        fed |= {state.input: state.fed(inputs[state.taken]) for state in states}
+        wanted = list(dict.fromkeys([*self.wiring.outputs.values(), *(state.output for state in states)]))
         try:
-            values = self.session.run(list(self.wiring.outputs.values()), fed)
+            values = dict(zip(wanted, self.session.run(wanted, fed), strict=True))
         except _ORT_ERRORS as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in fed.items())
             raise ExportError(
@@ -165,7 +190,8 @@ class _Plain:
                 "description, or export it with a free batch"
             ) from error
         heads = self.description.heads
-        return {name: _finished(value, heads[name]) for name, value in zip(heads, values, strict=True)}
+        answers = {name: _finished(values[tensor], heads[name]) for name, tensor in self.wiring.outputs.items()}
+        return answers | {state.given: state.read(values[state.output]) for state in states}
 
     def _prepared(self, name: str, value: Array) -> Array:
         if name == "audio":
@@ -177,23 +203,38 @@ class _Plain:
     def check(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the heads' tensors. Raises ``ExportError`` unless they suit, and rows do not see each other."""
         random = np.random.default_rng(0)
-        video, inputs = self.description.video, {}
-        if video is not None:
-            shape = (_BATCH, video.frames, video.height, video.width, 3)
-            inputs["frames"] = random.integers(0, 256, shape, np.uint8)
-        if self.description.audio is not None:
-            inputs["audio"] = random.uniform(-1, 1, (_BATCH, self.description.audio_samples())).astype(np.float32)
-        last = self.run({name: value[-1:] for name, value in inputs.items()})
-        together = self.run(inputs)
+        inputs, states = self._random(random), self.wiring.states
+        inputs |= {state.taken: state.zeros(_BATCH) for state in states}
+        last, together = self.run(_last_row(inputs)), self.run(inputs)
+        check_given(self.where, states, together, _BATCH)
+        if states:
+            # Once more, from states that are not empty.
+            inputs = self._random(random) | {state.taken: together[state.given] for state in states}
+            last, together = self.run(_last_row(inputs)), self.run(inputs)
         for name, value in together.items():
-            head = self.description.heads[name]
-            classes = None if head.kind == "segmentation" else value.shape[-1]
-            check_output(f"{self.where}: head {name}", head, value.shape, classes)
+            if name in self.description.heads:
+                head = self.description.heads[name]
+                classes = None if head.kind == "segmentation" else value.shape[-1]
+                check_output(f"{self.where}: head {name}", head, value.shape, classes)
             if value.shape[0] != _BATCH or not np.allclose(value[-1:], last[name], atol=TOLERANCE):
                 raise ExportError(
                     f"{self.where}: rows of a batch change each other's {name}; export it with a free batch"
                 )
-        return {name: value.shape for name, value in together.items()}
+        return {name: together[name].shape for name in self.description.heads}
+
+    def _random(self, random: np.random.Generator) -> dict[str, Array]:
+        """Pictures and sound of noise."""
+        video, inputs = self.description.video, dict[str, Array]()
+        if video is not None:
+            shape = (_BATCH, self.description.samples, video.height, video.width, 3)
+            inputs["frames"] = random.integers(0, 256, shape, np.uint8)
+        if self.description.audio is not None:
+            inputs["audio"] = random.uniform(-1, 1, (_BATCH, self.description.audio_samples())).astype(np.float32)
+        return inputs
+
+
+def _last_row(inputs: Tensors) -> dict[str, Array]:
+    return {name: value[-1:] for name, value in inputs.items()}
 
 
 def prepare(spec: Picture, frames: Array) -> Array:
@@ -230,17 +271,23 @@ def _surround(
         element = ports[BODY + tensor].type.tensor_type.elem_type
         if name == "frames":
             assert description.video is not None
-            front.picture(tensor, description.video, element)
+            front.picture(tensor, description.video, element, description.samples)
         else:
             front.sound(tensor, description)
     for name, tensor in wiring.outputs.items():
         tail.take(tensor, ports[BODY + tensor].type.tensor_type.elem_type)
         tail.answer(name, tensor, description.heads[name], shapes[name])
-    fed = [(FRONT + tensor, BODY + tensor) for tensor in wiring.inputs.values()]
-    read = [(BODY + tensor, TAIL + tensor) for tensor in dict.fromkeys(wiring.outputs.values())]
-    outputs = [BODY + tensor for tensor in dict.fromkeys(wiring.outputs.values())]
+    for state in wiring.states:
+        front.state_in(state)
+        tail.state_out(state)
+    taken = [*wiring.inputs.values(), *(state.input for state in wiring.states)]
+    given = dict.fromkeys([*wiring.outputs.values(), *(state.output for state in wiring.states)])
+    fed = [(FRONT + tensor, BODY + tensor) for tensor in taken]
+    read = [(BODY + tensor, TAIL + tensor) for tensor in given]
+    outputs = [BODY + tensor for tensor in given]
     fronted = compose.merge_models(front.model(body), body, fed, outputs=outputs)
-    merged: onnx.ModelProto = compose.merge_models(fronted, tail.model(body), read, outputs=list(wiring.outputs))
+    named = [*wiring.outputs, *(state.given for state in wiring.states)]
+    merged: onnx.ModelProto = compose.merge_models(fronted, tail.model(body), read, outputs=named)
     merged.producer_name = merged.producer_version = merged.doc_string = merged.graph.doc_string = ""
     return merged
 
@@ -262,9 +309,9 @@ class _Nodes:
         )
         return helper.make_model(graph, opset_imports=like.opset_import, ir_version=like.ir_version)
 
-    def picture(self, tensor: str, spec: Picture, element: int) -> None:
-        """uint8 frames to what the file's tensor takes."""
-        shape: list[int | str] = [BATCH, spec.frames, spec.height, spec.width, 3]
+    def picture(self, tensor: str, spec: Picture, element: int, samples: int) -> None:
+        """uint8 frames, so many at once, to what the file's tensor takes."""
+        shape: list[int | str] = [BATCH, samples, spec.height, spec.width, 3]
         self.inputs["frames"] = helper.make_tensor_value_info("frames", TensorProto.UINT8, shape)
         (height, width), std = spec.seen, np.array(spec.std)
         top, left = middle(spec.height, height), middle(spec.width, width)
@@ -284,7 +331,7 @@ class _Nodes:
             x = self._add("Round", x)
             x = self._add("Clip", x, np.array(0, np.float32), np.array(255, np.float32))
             x = self._add("Cast", x, to=TensorProto.UINT8)
-        sizes: dict[str, int | str] = {"B": BATCH, "T": spec.frames, "H": height, "W": width, "C": 3}
+        sizes: dict[str, int | str] = {"B": BATCH, "T": samples, "H": height, "W": width, "C": 3}
         self._give(self.prefix + tensor, x, element, [sizes[axis] for axis in spec.layout])
 
     def sound(self, tensor: str, description: Description) -> None:
@@ -294,6 +341,20 @@ class _Nodes:
         self.inputs["audio"] = helper.make_tensor_value_info("audio", TensorProto.FLOAT, [BATCH, count])
         x = self._add("Reshape", "audio", np.array([-1, 1, count])) if one else "audio"
         self._give(self.prefix + tensor, x, TensorProto.FLOAT, [BATCH, 1, count] if one else [BATCH, count])
+
+    def state_in(self, state: FileState) -> None:
+        """A state of the pack to what the file takes."""
+        shape: list[int | str] = [BATCH, *state.shape]
+        self.inputs[state.taken] = helper.make_tensor_value_info(state.taken, state.kept, shape)
+        x = state.taken if state.kept == state.element else self._add("Cast", state.taken, to=state.element)
+        self._give(self.prefix + state.input, x, state.element, shape)
+
+    def state_out(self, state: FileState) -> None:
+        """A state of the file to the pack's."""
+        self.take(state.output, state.element)
+        x = self.prefix + state.output
+        x = x if state.kept == state.element else self._add("Cast", x, to=state.kept)
+        self._give(state.given, x, state.kept, [BATCH, *state.shape])
 
     def take(self, tensor: str, element: int) -> None:
         """An output of the file as an input here."""
