@@ -29,6 +29,8 @@ from stream.sinks.embedded import EmbeddedServer
 from stream.sinks.redis import RedisSink
 from stream.sinks.spool import Spool
 from stream.source_settings import redacted_url
+from stream.source_store import FILE as SOURCES_FILE
+from stream.source_store import SourceStore
 from stream.tally import ShowEvent, Summary, Tally
 from stream.types import Event
 
@@ -215,8 +217,12 @@ async def _run_and_publish(
             watching = tasks.create_task(_watch_groups(sink, service))
             http = None
             if listener is not None:
+                if settings.api.persist and _serves(settings):
+                    store = SourceStore(home() / SOURCES_FILE)
+                    stack.callback(store.close)
+                    service.sources.keep_in(store, await asyncio.to_thread(store.open))
                 routers = (
-                    sources_router(service.sources, clock),
+                    sources_router(service.sources, clock, settings.api.max_sources),
                     packs_router(lambda: service.packs, lambda: list(service.failed_packs.values()), service.swaps),
                 )
                 service.publications = Publications()
@@ -234,6 +240,11 @@ async def _run_and_publish(
         summary = _summary(service, tally, failed)
         summary.spooled = publisher.spool.count
         return summary
+
+
+def _serves(settings: Settings) -> bool:
+    """Whether the run has no end of its own: one that reads a file is a job, which no other source has to do with."""
+    return settings.stay or any(source.endless for source in settings.sources)
 
 
 def _load(settings: Settings) -> Packs:

@@ -16,6 +16,7 @@ from stream.errors import SourceError
 from stream.event_format import Timing, source_event
 from stream.events import EventTracker
 from stream.ingest.address import AddressGuard
+from stream.ingest.admission import check_admission
 from stream.ingest.open import CountingSource, open_recorder, open_source
 from stream.ingest.webrtc_hub import Publications
 from stream.metrics import Metrics, SourceView
@@ -69,6 +70,7 @@ class Service:
     ) -> None:
         self.settings = settings
         self._open_source = opener
+        self._guard = AddressGuard(settings.api.networks)
         self.ledger = Ledger(checked=settings.check_books)
         self.metrics = Metrics(self.ledger)
         self.sources = Sources(self._check_source, self._make_source, self._source_ended, self._forget_source)
@@ -169,7 +171,8 @@ class Service:
         return await self.sources.follow(settings.sources)
 
     def _check_source(self, settings: SourceSettings) -> None:
-        """Raises ``SettingsError`` for a source that the packs of this service cannot watch."""
+        """Raises ``SettingsError`` for a source that it may not reach, or that the packs here cannot watch."""
+        check_admission(settings, self._guard)
         audio_rate(settings, self._watches(settings))
 
     def _watches(self, settings: SourceSettings) -> list[Watch]:
@@ -195,7 +198,7 @@ class Service:
         recorder = open_recorder(settings, self._clock)
         extra: dict[str, Any] = {} if recorder is None else {"tap": recorder}
         if not settings.trusted:
-            extra["guard"] = AddressGuard(self.settings.api.networks)
+            extra["guard"] = self._guard
         if settings.scheme == "webrtc":
             extra["publications"] = self.publications
 
@@ -210,7 +213,7 @@ class Service:
             self._clock,
             self._source_changed,
             scheduled=(lambda: is_on(settings.schedule, self._clock.wall_ns())) if settings.schedule else None,
-            persistent=settings.scheme not in ("file", "synthetic", "replay"),
+            persistent=settings.endless,
         )
         return RunningSource(pipeline, supervisor, recorder=recorder)
 

@@ -29,6 +29,10 @@ class ApiSettings(Section):
     networks: tuple[IPvAnyNetwork, ...] | None = None
     """The only networks they may reach; when not given, all but this machine, its links, multicast and metadata
     services. A network opens one of those only if it names it closely: 127.0.0.0/8 does, 0.0.0.0/0 does not."""
+    persist: bool = True
+    """Whether they are kept, in the home folder, and there again when the service is started again."""
+    max_sources: Annotated[int, Field(ge=0, le=100_000)] = 1024
+    """Sources, those of the configuration among them, beyond which no more are taken."""
 
 
 IceUrl = Annotated[str, Field(pattern=r"^(stun|stuns|turn|turns):[A-Za-z0-9.:_\[\]-]+(\?transport=(udp|tcp))?$")]

@@ -165,7 +165,12 @@ class SourceSettings(Section):
     @property
     def live(self) -> bool:
         """Whether media comes in its own time, so that freshness beats completeness."""
-        return self.scheme not in ("file", "synthetic", "replay") or self.pace is Pace.REALTIME
+        return self.endless or self.pace is Pace.REALTIME
+
+    @property
+    def endless(self) -> bool:
+        """Whether it has no end of its own: a camera or a stream, not something that is read or made."""
+        return self.scheme not in ("file", "synthetic", "replay")
 
 
 def is_publishing(url: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from stream.errors import SettingsError, SightwireError, SourceError
 from stream.ingest.recorder import Recorder
 from stream.source_pipeline import SourcePipeline
 from stream.source_settings import SourceSettings
+from stream.source_store import SourceStore
 from stream.supervisor import SourceState, Supervisor
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class SourceBusy(SourceChangeError):
     """Another change of the same source is under way, or the service is ending."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class RunningSource:
     """A source and everything that runs for it."""
 
@@ -84,6 +85,21 @@ class Sources(Mapping[str, RunningSource]):
         self._changing: set[str] = set()
         self._group: asyncio.TaskGroup | None = None
         self._stopping = asyncio.Event()
+        self._store: SourceStore | None = None
+        self._found: Sequence[SourceSettings] = ()
+
+    def keep_in(self, store: SourceStore, found: Sequence[SourceSettings]) -> None:
+        """Keep what comes through the API there, and begin with what was found there; to be called before ``run``."""
+        self._store, self._found = store, found
+
+    async def kept(self) -> None:
+        """Wait until all changes so far are kept, where they are."""
+        if self._store is not None:
+            await self._store.flushed()
+
+    def is_kept(self, settings: SourceSettings) -> bool:
+        """Whether such a source is there again when the service is started again."""
+        return settings.trusted or (self._store is not None and self._store.active)
 
     def __getitem__(self, source_id: str) -> RunningSource:
         return self._running[source_id]
@@ -106,11 +122,26 @@ class Sources(Mapping[str, RunningSource]):
             async with asyncio.TaskGroup() as self._group:
                 for settings in first:
                     self._start(settings)
+                self._restore()
                 started()
                 if stay:
                     self._group.create_task(self._stay(), name="sources")
         finally:
             self._group = None
+
+    def _restore(self) -> None:
+        """Start what was kept. What cannot be watched now is told of, and stays kept until it is removed."""
+        for settings in self._found:
+            if settings.id in self._running:
+                log.warning("source %s: the configuration's is watched; that of the API is forgotten", settings.id)
+                self._drop(settings.id)
+                continue
+            try:
+                self.add(settings)
+            except (SourceChangeError, SettingsError) as error:
+                log.error("source %s, added through the API earlier, is left out: %s", settings.id, error)
+        if self._found:
+            log.info("%d sources were added through the API earlier", len(self._found))
 
     async def _stay(self) -> None:
         await self._stopping.wait()
@@ -127,12 +158,16 @@ class Sources(Mapping[str, RunningSource]):
             if settings.id in self._running:
                 raise SourceExists(f"source {settings.id} is there already; change it, or choose another id")
             self._check(settings)
+            self._put(settings)
             return self._start(settings)
 
     async def remove(self, source_id: str) -> None:
         """End a source and forget it; returns after its last event. Raises ``UnknownSource`` or ``SourceBusy``."""
         with self._change(source_id):
-            await self._end(source_id)
+            # One that was kept, but cannot be watched, does not run.
+            if source_id in self._running or self._store is None or source_id not in self._store:
+                await self._end(source_id)
+            self._drop(source_id)
 
     async def replace(self, settings: SourceSettings) -> RunningSource:
         """End a source and start it anew, by these settings.
@@ -142,6 +177,7 @@ class Sources(Mapping[str, RunningSource]):
         with self._change(settings.id):
             self.known(settings.id)
             self._check(settings)
+            self._put(settings)
             await self._end(settings.id)
             return self._start(settings)
 
@@ -195,6 +231,14 @@ class Sources(Mapping[str, RunningSource]):
             yield
         finally:
             self._changing.discard(source_id)
+
+    def _put(self, settings: SourceSettings) -> None:
+        if self._store is not None:
+            self._store.put(settings)
+
+    def _drop(self, source_id: str) -> None:
+        if self._store is not None:
+            self._store.drop(source_id)
 
     def _start(self, settings: SourceSettings) -> RunningSource:
         if self._group is None:

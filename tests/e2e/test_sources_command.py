@@ -29,10 +29,14 @@ def service(tmp_path: Path, tiny_pack: Path, port: int) -> Iterator[Running]:
     # Loopback is closed to sources of the API unless somebody opens it.
     opened = {"networks": ["127.0.0.0/8"]}
     config.write_text(json.dumps({"sources": [{"id": "a", "url": LIVE}], "api": opened}))
-    options = ["--stay", "-q", "-c", str(config), "--pack", str(tiny_pack), "--http-port", str(port)]
-    running = Running(tmp_path, "run", *options)
+    running = start(tmp_path, tiny_pack, port)
     yield running
     running.kill()
+
+
+def start(home: Path, pack: Path, port: int) -> Running:
+    options = ["--stay", "-q", "-c", str(home / "config.yaml"), "--pack", str(pack), "--http-port", str(port)]
+    return Running(home, "run", *options)
 
 
 def test_sources_come_and_go_from_the_command_line(service: Running, tmp_path: Path) -> None:
@@ -45,7 +49,7 @@ def test_sources_come_and_go_from_the_command_line(service: Running, tmp_path: P
     until("connection refused")
     listed = sightwire(tmp_path, "sources", "list").out
     assert "live" in listed and "rtsp://127.0.0.1:9/x" in listed and "connection refused" in listed
-    assert json.loads(sightwire(tmp_path, "sources", "show", "b").out)["settings"]["audio"] is False
+    assert json.loads(sightwire(tmp_path, "sources", "show", "b", "--json").out)["settings"]["audio"] is False
     assert sightwire(tmp_path, "sources", "rm", "b").code == 0
     again = sightwire(tmp_path, "sources", "rm", "b")
     assert again.code == 1 and again.errors == ["error: no source 'b' (there are: a)"]
@@ -58,6 +62,50 @@ def test_sources_come_and_go_from_the_command_line(service: Running, tmp_path: P
     until("SIGHUP: the sources stay as they are: ")
     done = service.end()
     assert done.code == 0 and CANARY not in done.err + done.out + listed + added.out
+
+
+def test_what_was_added_is_there_again_after_a_kill(
+    service: Running, tmp_path: Path, tiny_pack: Path, port: int
+) -> None:
+    kept = tmp_path / "sources.json"
+    service.wait_for(lambda said: "source a: live" in said, timeout_s=60)
+    away = f"rtsp://user:{CANARY}@127.0.0.1:9/x"
+    for source_id, url in {"b": LIVE, "c": LIVE, "d": LIVE, "e": away}.items():
+        added = sightwire(tmp_path, "sources", "add", source_id, url, "--wait", "0")
+        assert added.code == 0, added.err
+    assert sightwire(tmp_path, "sources", "set", "b", "--set", "hop_s=1").code == 0
+    assert sightwire(tmp_path, "sources", "rm", "c").code == 0
+    service.process.kill()
+    service.process.wait(30)
+    assert kept.stat().st_mode & 0o777 == 0o600
+    told = service.text()
+
+    # Meanwhile the operator has named one of them himself.
+    config = json.loads((tmp_path / "config.yaml").read_text())
+    config["sources"].append({"id": "d", "url": LIVE, "audio": False})
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    again = start(tmp_path, tiny_pack, port)
+    try:
+        again.wait_for(lambda said: "source b: live" in said, timeout_s=60)
+        assert "source d: the configuration's is watched" in again.text()
+        found = {one["id"]: one for one in json.loads(sightwire(tmp_path, "sources", "list", "--json").out)}
+        assert set(found) == {"a", "b", "d", "e"}
+        assert found["b"]["settings"]["hop_s"] == 1.0 and found["d"]["settings"]["audio"] is False
+        assert again.end().code == 0
+    finally:
+        again.kill()
+    assert [entry["id"] for entry in json.loads(kept.read_text())["sources"]] == ["b", "e"]
+
+    kept.write_text(kept.read_text()[:-20])
+    third = start(tmp_path, tiny_pack, port)
+    try:
+        third.wait_for(lambda said: "source a: live" in said, timeout_s=60)
+        assert "sources.json cannot be read (it is no JSON): kept as " in third.text()
+        assert json.loads(sightwire(tmp_path, "sources", "show", "a", "--json").out)["state"] == "live"
+        assert third.end().code == 0
+    finally:
+        third.kill()
+    assert CANARY not in told + again.text() + third.text()
 
 
 def test_no_service_is_one_line(tmp_path: Path, port: int) -> None:

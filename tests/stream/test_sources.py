@@ -139,7 +139,7 @@ async def test_what_cannot_be_watched_is_refused_in_one_line(
 async def test_a_password_is_never_told(tiny_pack: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     url = f"rtsp://user:{CANARY}@127.0.0.1:9/cam"
-    async with serving(tiny_pack, tmp_path) as run:
+    async with serving(tiny_pack, tmp_path, api={"networks": ["127.0.0.0/8"]}) as run:
         told = [await run.client.post("/v1/sources", json={"id": "cam", "url": url})]
         told += [await run.client.get("/v1/sources"), await run.client.patch("/v1/sources/cam", json={"audio": False})]
         assert [answer.status_code for answer in told] == [201, 200, 200]
