@@ -123,7 +123,11 @@ class PartWriter:
         self._codecs = template.codecs
         self._bases = [Fraction(*track.time_base) for track in template.tracks]
         self._recent: deque[Media] = deque(maxlen=2 * len(self._tracks))
-        self._last_note, self._note_ms = "", -1
+        self._note_ms = -1
+        self.held = 0
+        """Bytes of notes since the newest packet of media: FFmpeg holds them until another one comes."""
+        self.lost = False
+        """Whether the muxer refused a packet only when the file was closed."""
         self.unfit = 0
         """Packets that Matroska does not take as they are; they are kept as text."""
 
@@ -153,6 +157,7 @@ class PartWriter:
         packed = replace(stamp, head=head).pack(SIDE_NAMES)
         _set_side(packet, _BLOCK_ADDITIONAL, (1).to_bytes(8, "big") + packed)
         self._recent.append(media)
+        self.held = 0
         self._mux(packet)
 
     def _head(self, track: int, data: bytes) -> bytes | None:
@@ -197,12 +202,10 @@ class PartWriter:
         """Append a note."""
         if isinstance(note, Connected):
             self._time.restart()
-        self._write_note(note_to_text(note))
-
-    def _write_note(self, text: str) -> None:
-        self._last_note = text
+        text = note_to_text(note).encode()
+        self.held += len(text)
         self._note_ms = max(self._note_ms + 1, self._time.newest_ms)
-        packet = padded_packet(text.encode())
+        packet = padded_packet(text)
         packet.stream = self._notes
         packet.time_base = Fraction(1, 1000)
         packet.pts = packet.dts = self._note_ms
@@ -212,11 +215,11 @@ class PartWriter:
     def close(self) -> None:
         """Write what is left, and the index."""
         try:
-            if self._recent and self._last_note:
-                # Said twice, it brings out what the muxer holds back, while that can still be kept as text.
-                self._note_ms = max(self._note_ms, self._time.newest_ms)
-                self._write_note(self._last_note)
             self._container.close()
+        except av.error.FFmpegError as error:
+            if isinstance(error, OSError):
+                raise
+            self.lost = True
         finally:
             self._file.close()
 

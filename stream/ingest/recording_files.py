@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 PARTS = 8
 """Files that a full recording is made of; the oldest makes room for the newest."""
+HELD_BYTES = 32 << 20
+"""Notes without media in between that FFmpeg may hold in memory; closing the file writes them."""
 _WAIT_FOR_HEADER_NS = 10 * NS_PER_S
 """How long a file's header waits for what the source did not announce."""
 
@@ -96,6 +98,8 @@ class RecordingFiles:
     def _is_full(self, media: Media) -> bool:
         if self._writer is None or self._connection is None:
             return False
+        if self._writer.held > HELD_BYTES:
+            return True
         size = self._writer.size
         kinds = [track.kind for track in self._connection.tracks]
         # A file begins with a key frame, so that it can be played by itself.
@@ -140,6 +144,8 @@ class RecordingFiles:
         if writer is None:
             return
         writer.close()
+        if writer.lost:
+            log.warning("source %s: %s: its last packets could not be written", self._source_id, writer.path)
         if writer.unfit:
             log.info(
                 "source %s: %s: %d packets that are not as Matroska wants them are kept beside the media; "

@@ -15,6 +15,7 @@ import pytest
 
 from stream.clock import ManualClock, SystemClock
 from stream.ingest.decode import BAD_PACKETS_LIMIT
+from stream.ingest.recording import existing_parts
 from stream.types import AudioChunk, EpochStart, Frame, MediaItem
 from tests.stream.camera import Camera, facts, recording
 from tests.stream.ingest.media import EVERY_FRAME, Clip, make_clip, run_source
@@ -126,12 +127,18 @@ def av1(path: Path) -> Path:
     with av.open(str(path), "w") as container:
         video = container.add_stream("libsvtav1", rate=25, options={"preset": "12", "svtav1-params": "lp=1"})
         video.width, video.height, video.pix_fmt = 160, 120, "yuv420p"
+        audio = container.add_stream("aac", rate=16_000, layout="mono")
         for number in range(50):
             image = np.full((120, 160, 3), 5 * number, np.uint8)
             picture = av.VideoFrame.from_ndarray(image, format="rgb24")
             picture.pts, picture.time_base = number, Fraction(1, 25)
             container.mux(video.encode(picture))
         container.mux(video.encode(None))
+        for start in range(0, 2 * 16_000, 1024):
+            sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.int16), format="s16", layout="mono")
+            sound.sample_rate, sound.pts, sound.time_base = 16_000, start, Fraction(1, 16_000)
+            container.mux(audio.encode(sound))
+        container.mux(audio.encode(None))
     return path
 
 
@@ -157,6 +164,11 @@ def overwrite(rng: random.Random, inside: memoryview) -> None:
     inside[:] = rng.randbytes(len(inside))
 
 
+def forbid(rng: random.Random, inside: memoryview) -> None:
+    """The first bit of a unit of AV1 is never set."""
+    inside[:] = b"\xff" * len(inside)
+
+
 @pytest.mark.parametrize("how", [scribble, overwrite])
 @pytest.mark.parametrize("codec", ["av1", "libvpx-vp9"])
 def test_packets_that_the_muxer_refuses_are_kept(
@@ -180,6 +192,36 @@ def test_packets_that_the_muxer_refuses_are_kept(
     assert said(caplog) == []
     if how is overwrite:
         assert any("not as Matroska wants them" in line for line in said(caplog, logging.INFO))
+
+
+def test_what_the_muxer_refuses_later_on_is_kept_too(
+    tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says so when another packet is written: here it is given what is else kept from it."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("stream.ingest.matroska.av1_head", lambda data: b"")
+    made = av1(tmp_path / "clip.mkv")
+    with recording(tmp_path / "out.mkv", clock) as recorder:
+        damaging(recorder, 0.4, forbid)
+        camera = Camera(recorder, clock, EVERY_FRAME)
+        camera.play(made)
+    assert not recorder.has_failed
+    assert any("not as Matroska wants them" in line for line in said(caplog, logging.INFO))
+    assert facts(replay(tmp_path / "out.mkv")) == facts(camera.items)
+
+
+def test_packets_that_are_all_kept_as_text_do_not_pile_up_in_memory(
+    tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FFmpeg writes text when media follows it; where none does, the next file is begun."""
+    monkeypatch.setattr("stream.ingest.recording_files.HELD_BYTES", 3000)
+    made = av1(tmp_path / "clip.mkv")
+    with recording(tmp_path / "out.mkv", clock) as recorder:
+        damaging(recorder, 1.0, forbid)
+        camera = Camera(recorder, clock, EVERY_FRAME, audio_rate=None)
+        camera.play(made)
+    assert len(existing_parts(tmp_path / "out.mkv")) > 2
+    assert facts(replay(tmp_path / "out.mkv")) == facts(camera.items)
 
 
 def test_a_decoder_that_was_known_to_reorder_frames_does_so_from_the_first(tmp_path: Path, clock: ManualClock) -> None:
