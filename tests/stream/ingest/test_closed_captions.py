@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from engines.manifest import VideoInput
 from stream.accounting import Ledger
-from stream.clock import SystemClock
+from stream.clock import ManualClock, SystemClock
 from stream.ingest.captions import PictureCaptions
 from stream.ingest.closed_captions import Caption, ClosedCaptions, shown_ns
 from stream.types import Frame, TextItem
 from stream.windows import Grace, SourceWindows, Watch
+from tests.stream.camera import Camera, facts, recording
 from tests.stream.ingest.line21 import (
     ABOVE,
     BACKSPACE,
@@ -39,7 +40,7 @@ from tests.stream.ingest.line21 import (
     triplet,
     twice,
 )
-from tests.stream.ingest.media import Run, check_grammar, run_source
+from tests.stream.ingest.media import EVERY_FRAME, Run, check_grammar, run_source
 from tests.stream.ingest.servers import HttpServer, stream
 from tests.stream.test_window_texts import BRANCH
 
@@ -233,6 +234,16 @@ def test_over_a_network_they_reach_the_windows_that_show_them(tmp_path: Path) ->
     assert [window.text for window in closed] == [(), (first,), (first, second), (first, second)]
     assert not ledger.unbalanced()
     assert not [hop for hop, _ in ledger.dropped() if hop == "window_texts"]
+
+
+def test_a_replay_says_the_same(tmp_path: Path) -> None:
+    clock = ManualClock(5_000_000 * MS)
+    with recording(tmp_path / "out.mkv", clock) as recorder:
+        camera = Camera(recorder, clock, EVERY_FRAME)
+        camera.play(captioned_clip(tmp_path / "clip.ts", SAID))
+    said = [fact for fact in facts(camera.items) if fact[0] == "text"]
+    assert [fact[-1] for fact in said] == [text for _, _, text in EXPECTED]
+    assert facts(run_source(f"replay://{tmp_path / 'out.mkv'}", clock=SystemClock()).items) == facts(camera.items)
 
 
 def test_a_look_at_a_picture_leaves_no_reference_to_it(tmp_path: Path) -> None:
