@@ -290,7 +290,7 @@ def _free_port(preferred: int) -> int:
     raise SinkError("no free port on the loopback interface")
 
 
-async def _ask(port: int, command: str, timeout_s: float = 1.0) -> bytes:
+async def _ask(port: int, command: str, timeout_s: float = 5.0) -> bytes:
     """Raw reply to one command; empty when there is none. No client library: this runs before there is a server."""
     writer = None
     try:

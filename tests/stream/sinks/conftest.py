@@ -90,7 +90,7 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
 @pytest.fixture
 async def redis(server: Server) -> AsyncIterator[Redis]:
     """A plain client of ``server``."""
-    client = open_client(server.url, timeout_s=5.0, connect_timeout_s=1.0, name="test")
+    client = open_client(server.url, timeout_s=60.0, connect_timeout_s=60.0, name="test")
     try:
         yield client
     finally:
@@ -101,7 +101,7 @@ async def redis(server: Server) -> AsyncIterator[Redis]:
 def eventually() -> Callable[[Callable[[], object]], object]:
     """``await eventually(condition)``: wait until it is true; the test's timeout bounds it."""
 
-    async def wait(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    async def wait(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
         async with asyncio.timeout(timeout_s):
             while not condition():  # noqa: ASYNC110 - what is waited for happens in another process
                 await asyncio.sleep(0.005)

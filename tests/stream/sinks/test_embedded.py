@@ -28,7 +28,7 @@ def _alive(pid: int) -> bool:
 
 
 async def test_what_was_acknowledged_survives_a_kill(server: Any, make_event: Any) -> None:
-    sink = RedisSink(server.url)
+    sink = RedisSink(server.url, timeout_s=60.0)
     batch = [make_event(number) for number in range(100)]
     await sink.publish(batch)
     url = server.url
@@ -56,14 +56,14 @@ async def test_start_and_stop_can_be_repeated_and_keep_the_data(tmp_path: Path, 
     pid = server.pid
     assert await server.start() == server.url
     assert server.pid == pid is not None
-    sink = RedisSink(server.url)
+    sink = RedisSink(server.url, timeout_s=60.0)
     assert await sink.publish([make_event(1)]) == [True]
     await sink.aclose()
     await server.stop()
     await server.stop()
     assert not _alive(pid)
     assert await running_url(tmp_path / "valkey") is None
-    sink = RedisSink(await server.start())
+    sink = RedisSink(await server.start(), timeout_s=60.0)
     assert await sink.publish([make_event(1)]) == [False]
     await sink.aclose()
     await server.stop()
@@ -196,6 +196,6 @@ async def test_an_orphan_is_adopted(tmp_path: Path) -> None:
     assert first.pid is not None
     await second.stop()
     assert first._process is not None
-    await asyncio.wait_for(first._process.wait(), 10)
+    await asyncio.wait_for(first._process.wait(), 60)
     first._lock = None
     await first.stop()

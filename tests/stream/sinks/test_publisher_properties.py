@@ -96,7 +96,7 @@ class World:
         self.prefix = f"p{next(_numbers)}"
         self.redis = redis
         self.clock = ManualClock()
-        self.sink = Troubled(RedisSink(url, prefix=self.prefix), redis, self.prefix)
+        self.sink = Troubled(RedisSink(url, prefix=self.prefix, timeout_s=60.0), redis, self.prefix)
         self.spool = TroubledSpool(folder / f"{self.prefix}.db", clock=self.clock)
         self.sent: dict[tuple[str, str], list[int]] = defaultdict(list)
         self.numbers = itertools.count()
@@ -135,7 +135,7 @@ class World:
 
     async def turn(self, calls: int) -> None:
         """Let the publisher work until it has called the sink so often, or has nothing left to do."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while self.sink.calls < calls and (self.busy() or not self.publisher._running):  # noqa: ASYNC110
                 await asyncio.sleep(0.0002)  # the server and the spool's thread answer in their own time
 
