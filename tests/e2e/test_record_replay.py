@@ -82,11 +82,13 @@ class Watched(Service):
 
 
 def settings_for(pack: Path, **source: object) -> Any:
-    source = {"id": "cam", "stall_timeout_s": 2.0, "read_timeout_s": 0.5, **source}
+    source = {"id": "cam", "stall_timeout_s": 10.0, "read_timeout_s": 0.5, **source}
     fields = {
         "sources": [source],
         "packs": [{"name": str(pack), "backend": "onnxruntime"}],
         "engine": {"threads": 1},
+        # A machine that stands still for seconds is no camera whose sound is late.
+        "windows": {"grace_s": 10.0},
         "events": {"on_windows": 1, "off_windows": 1},
     }
     return load_settings(None, fields)
@@ -98,14 +100,24 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_clip(tmp_path_factory.mktemp("clips") / "clip.mp4", made)
 
 
+@pytest.mark.parametrize(("transport", "loss"), [("tcp", None), ("udp", 0.05)])
 async def test_a_service_and_its_recording_agree(
-    rtsp_server: StartRtspServer, tiny_pack: Path, clip: Path, tmp_path: Path
+    rtsp_server: StartRtspServer,
+    tiny_pack: Path,
+    clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    transport: str,
+    loss: float | None,
 ) -> None:
+    # Nothing is dropped for want of time: what a busy service drops is in the recording all the same.
+    monkeypatch.setattr("stream.service.SLOT_DEPTH", 1000)
+    monkeypatch.setattr("stream.source_pipeline.CHANNEL_ITEMS", 100_000)
     file = tmp_path / "cam.mkv"
     server = rtsp_server(clip, "--loop", "--login", f"admin:{CANARY}")
-    relay = Relay(server.port)
+    relay = Relay(server.port, loss)
     url = f"rtsp://admin:{CANARY}@127.0.0.1:{relay.port}/cam"
-    live = Watched(settings_for(tiny_pack, url=url, record=str(file)), tmp_path)
+    live = Watched(settings_for(tiny_pack, url=url, transport=transport, record=str(file)), tmp_path)
     running = asyncio.create_task(live.run())
     try:
         await live.until(lambda: len(live.of_epoch(0)) >= 12 and live.windows[-1].clock.origin is ClockOrigin.RTCP_SR)
@@ -119,7 +131,7 @@ async def test_a_service_and_its_recording_agree(
         relay.close()
     assert not failed
     overloaded = {("channel", "overflow"), ("batch_slot", "stale")} & live.ledger.dropped().keys()
-    assert not overloaded, "the machine is too slow for this test"
+    assert not overloaded
     again = Watched(settings_for(tiny_pack, url=f"replay://{file}", pace="fast"), tmp_path)
     assert await again.run() == []
     settled_ns = live.settled_ns()
