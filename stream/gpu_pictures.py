@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import cast
 
 from engines.device_frames import DeviceFrames, FrameCounts, Picture, ring_slots
@@ -60,6 +61,10 @@ class DevicePictures:
         if video.lookback_ns is not None:
             found = found.view(len(samples), per_sample, *found.shape[1:])
         return cast(Array, found)
+
+    def uploads(self) -> Mapping[str, int]:
+        """See ``stream.samples.Pictures``."""
+        return asdict(self.counts)
 
     def forget(self, source_id: str) -> None:
         """See ``stream.samples.Pictures``."""

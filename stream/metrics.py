@@ -35,6 +35,8 @@ class SourceView:
     """Frames by stage, as the decoder counts them."""
     audio_samples: Mapping[str, int]
     """Audio samples emitted and dropped by the decoder."""
+    packets: Mapping[str, int]
+    """Packets read and left undecoded, and times the timeline broke; see ``Supervisor.packets``."""
     av_skew_s: float | None
     """How far video is ahead of audio as they arrive, in media time."""
 
@@ -156,6 +158,14 @@ class _ServiceCollector(Collector):
         audio = CounterMetricFamily(
             "sightwire_audio_samples", "Audio samples at ingest, emitted or dropped", labels=["source", "result"]
         )
+        read, skipped, resyncs = (
+            CounterMetricFamily(f"sightwire_{name}", text, labels=["source"])
+            for name, text in (
+                ("packets", "Packets read from the source"),
+                ("packets_skipped", "Packets of video left undecoded, since no pack needs their frames"),
+                ("resyncs", "Times the timeline broke or the audio clock was set again"),
+            )
+        )
         skew = GaugeMetricFamily("sightwire_av_skew_seconds", "Video ahead of audio on arrival", labels=["source"])
         for source_id, view in self._views.sources().items():
             up.add_metric([source_id], float(view.state is SourceState.LIVE))
@@ -169,9 +179,11 @@ class _ServiceCollector(Collector):
                 frames.add_metric([source_id, stage], count)
             for result, count in view.audio_samples.items():
                 audio.add_metric([source_id, result], count)
+            for family, name in ((read, "read"), (skipped, "left_undecoded"), (resyncs, "resyncs")):
+                family.add_metric([source_id], view.packets[name])
             if view.av_skew_s is not None:
                 skew.add_metric([source_id], view.av_skew_s)
-        yield from (up, state, lost, refused, frames, audio, skew)
+        yield from (up, state, lost, refused, frames, audio, read, skipped, resyncs, skew)
 
     def _hops(self) -> Iterator[Metric]:
         entered = CounterMetricFamily("sightwire_hop_in", "Items into a hop", labels=["source", "stage"])

@@ -36,6 +36,7 @@ def pack_metrics(view: PacksView) -> Iterator[Metric]:
     yield up
     yield from _engines([generation.pack for generation in view.serving])
     yield from _states(view.serving)
+    yield from _uploads(view.serving)
     yield from _swaps(view)
 
 
@@ -68,6 +69,22 @@ def _states(serving: Sequence[Generation]) -> Iterator[Metric]:
         for family, value in ((size, memory.state_bytes), (evicted, memory.evicted), (restarted, memory.restarted)):
             family.add_metric([generation.pack.name], value)
     yield from (size, evicted, restarted)
+
+
+def _uploads(serving: Sequence[Generation]) -> Iterator[Metric]:
+    found = {
+        name: CounterMetricFamily(f"sightwire_device_{name}", text, labels=["pack"])
+        for name, text in (
+            ("uploads", "Pictures copied to the device"),
+            ("uploaded_bytes", "Bytes of pictures copied to the device"),
+            ("hits", "Pictures that windows asked for and that were on the device already"),
+            ("evictions", "Pictures on the device that made way while a window could still ask for them"),
+        )
+    }
+    for generation in serving:
+        for name, count in generation.store.pictures.uploads().items():
+            found[name].add_metric([generation.pack.name], count)
+    yield from found.values()
 
 
 def _swaps(view: PacksView) -> Iterator[Metric]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -51,6 +51,10 @@ class Pictures(Protocol):
         """Let go of a source."""
         ...
 
+    def uploads(self) -> Mapping[str, int]:
+        """What was done so far to bring frames to a device, by ``FrameCounts``'s names; nothing in host memory."""
+        ...
+
 
 class HostPictures:
     """Frames in host memory: each batch is a copy."""
@@ -69,3 +73,7 @@ class HostPictures:
 
     def forget(self, source_id: str) -> None:
         """Nothing is kept."""
+
+    def uploads(self) -> Mapping[str, int]:
+        """See ``Pictures``."""
+        return {}

@@ -18,6 +18,7 @@ from stream.events import EventTracker
 from stream.ingest.address import AddressGuard
 from stream.ingest.admission import check_admission
 from stream.ingest.open import CountingSource, open_recorder, open_source
+from stream.ingest.rtsp import TransportMemory
 from stream.ingest.webrtc_hub import Publications
 from stream.metrics import Metrics, SourceView
 from stream.pack_metrics import PacksView
@@ -201,6 +202,8 @@ class Service:
             extra["guard"] = self._guard
         if settings.scheme == "webrtc":
             extra["publications"] = self.publications
+        elif settings.scheme in ("rtsp", "rtsps"):
+            extra["transports"] = TransportMemory()
 
         def connect(first_epoch: int) -> CountingSource:
             return self._open_source(settings, inputs, rate, self._clock, first_epoch=first_epoch, **extra)
@@ -377,5 +380,6 @@ def _view(source: RunningSource, now_ns: int) -> SourceView:
         supervisor.status,
         supervisor.frames(),
         supervisor.audio_samples(),
+        supervisor.packets(),
         source.pipeline.av_skew_s,
     )

@@ -128,6 +128,10 @@ class Supervisor:
         """Audio samples emitted and dropped at ingest, over all connections so far."""
         return self._totals(_AUDIO_RESULTS)
 
+    def packets(self) -> dict[str, int]:
+        """Packets by what became of them, and times the timeline broke, over all connections so far."""
+        return self._totals(_PACKET_RESULTS)
+
     def _totals(self, names: tuple[str, ...]) -> dict[str, int]:
         current = _counts(self._source)
         return {name: self._past[name] + current[name] for name in names}
@@ -289,8 +293,9 @@ class Supervisor:
         self._on_change(self.source_id, status, previous)
 
 
-_FRAME_STAGES = ("decoded", "sampled", "skipped", "late", "corrupt_packets")
+_FRAME_STAGES = ("decoded", "sampled", "handed_on", "skipped", "late", "corrupt_packets")
 _AUDIO_RESULTS = ("emitted", "dropped")
+_PACKET_RESULTS = ("read", "left_undecoded", "resyncs")
 
 
 def _counts(source: CountingSource | None) -> Counter[str]:
@@ -300,11 +305,15 @@ def _counts(source: CountingSource | None) -> Counter[str]:
     return Counter(
         decoded=stats.frames_decoded,
         sampled=stats.frames_sampled,
+        handed_on=stats.frames_emitted,
         skipped=stats.frames_skipped,
         late=stats.frames_late,
         corrupt_packets=stats.corrupt_packets,
         emitted=stats.audio_samples,
         dropped=stats.audio_samples_dropped,
+        read=stats.packets,
+        left_undecoded=stats.packets_skipped,
+        resyncs=stats.resyncs,
     )
 
 

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from stream.http.guard import check_change
+from stream.http.limits import BodyLimit
 from stream.settings import HttpSettings
 
 
@@ -27,6 +28,7 @@ def create_app(
     rules of their own.
     """
     app = FastAPI(title="Sightwire", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(BodyLimit)
     token = settings.token.get_secret_value() if settings.token is not None else None
 
     def authorised(request: Request) -> None:

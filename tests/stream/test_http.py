@@ -123,6 +123,28 @@ def test_with_a_token_origin_and_host_do_not_matter() -> None:
         assert client.post("/v1/things", json={"a": 2}, headers=page | {"authorization": "Bearer s3cret"}).json() == 2
 
 
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_body_has_a_limit_whether_it_says_how_long_it_is_or_not(says_so: bool) -> None:
+    def drip() -> Iterator[bytes]:
+        yield b'{"a": 1'
+        for _ in range(64):
+            yield b" " * (1 << 16)
+        yield b"}"
+
+    as_json = {"content-type": "application/json"}
+    with changes(HttpSettings()) as client:
+        refused = client.post("/v1/things", content=b"".join(drip()) if says_so else drip(), headers=as_json)
+        assert refused.status_code == 413 and "1048576 bytes" in refused.json()["detail"]
+        assert client.post("/v1/things", content=b'{"a": 1' + b" " * 1_000_000 + b"}", headers=as_json).json() == 1
+
+
+def test_a_body_that_is_nested_without_end_is_refused() -> None:
+    with changes(HttpSettings()) as client:
+        for body in (b"[" * 500_000, b'{"a":' * 100_000, b"\xff\xfe", b'{"a": NaN}'):
+            refused = client.post("/v1/things", content=body, headers={"content-type": "application/json"})
+            assert refused.status_code in (400, 422) and isinstance(refused.json()["detail"], str)
+
+
 def test_a_malformed_body_is_one_line() -> None:
     with changes(HttpSettings()) as client:
         for body in ("{", "[1]", '{"a": "x"}', '"text"'):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -57,7 +58,7 @@ async def serving(tiny_pack: Path, home: Path, **more: Any) -> AsyncIterator[Run
         settings.http,
         service.metrics.registry,
         service.ready.is_set,
-        [sources_router(service.sources, clock)],
+        [sources_router(service.sources, clock, settings.api.max_sources)],
     )
     running = asyncio.create_task(service.run())
     await service.ready.wait()
@@ -145,6 +146,159 @@ async def test_a_password_is_never_told(tiny_pack: Path, tmp_path: Path, caplog:
         assert [answer.status_code for answer in told] == [201, 200, 200]
     assert all(CANARY not in answer.text for answer in told)
     assert all(CANARY not in str(event.data) for event in run.collector.events)
+
+
+@pytest.mark.parametrize("url", [
+    "rtsp://127.0.0.1/x",
+    "rtsp://user:pass@127.0.0.1:554/x",
+    "rtsp://localhost/x",
+    "rtsp://cam.localhost./x",
+    "rtsp://[::1]/x",
+    "rtsp://[::ffff:127.0.0.1]/x",
+    "rtsp://[::ffff:7f00:1]/x",
+    "rtsp://[64:ff9b::7f00:1]/x",
+    "rtsp://[2002:7f00:1::]/x",
+    "rtsp://[fe80::1]/x",
+    "rtsp://0.0.0.0/x",
+    "http://169.254.169.254/latest/meta-data/",
+    "http://[fd00:ec2::254]/",
+    "http://100.100.100.200/",
+    "http://224.0.0.1/x",
+    "http://2130706433/",
+    "http://0x7f000001/",
+    "http://0x7f.1/",
+    "http://0177.0.0.1/",
+    "http://127.1/",
+    "http://127.0.0.1./",
+    "http://evil@good@127.0.0.1/",
+    "http://good.example\\@127.0.0.1/",
+    "http://[fe80::1%25eth0]/",
+    "http://127.0.0.1%2f/",
+    "srt://127.0.0.1:1",
+    "rtmp://127.0.0.1/a/b",
+])  # fmt: skip
+async def test_an_address_that_is_not_allowed_is_refused_before_anything_is_asked(
+    tiny_pack: Path, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolves(*_: Any, **__: Any) -> None:
+        pytest.fail("a name was looked up")
+
+    async with serving(tiny_pack, tmp_path) as run:
+        await run.client.post("/v1/sources", json={"id": "a", "url": LIVE})
+        before = run.service.sources["a"]
+        monkeypatch.setattr("socket.getaddrinfo", resolves)
+        posted = await run.client.post("/v1/sources", json={"id": "b", "url": url})
+        patched = await run.client.patch("/v1/sources/a", json={"url": url})
+        for answer in (posted, patched):
+            said = answer.json()["detail"]
+            assert answer.status_code == 422 and said.startswith("url: ") and "\n" not in said
+            assert "pass@" not in said and "user" not in said.replace("user:password", "")
+        assert list(run.service.sources) == ["a"] and run.service.sources["a"] is before
+
+
+async def test_what_is_allowed_or_has_to_be_looked_up_is_taken(tiny_pack: Path, tmp_path: Path) -> None:
+    async with serving(tiny_pack, tmp_path, api={"networks": ["127.0.0.2/32", "192.168.7.0/24"]}) as run:
+        paused = {"schedule": [{"days": ["mon"], "start": "00:00", "end": "00:01"}]}
+        for number, (url, status) in enumerate({
+            "rtsp://127.0.0.2/x": 201,
+            "rtsp://192.168.7.9/x": 201,
+            "rtsp://camera.invalid/x": 201,
+            "rtsp://127.0.0.1/x": 422,
+            "rtsp://192.168.8.9/x": 422,
+            "rtsp://localhost/x": 422,
+        }.items()):  # fmt: skip
+            answer = await run.client.post("/v1/sources", json={"id": f"s{number}", "url": url, **paused})
+            assert answer.status_code == status, url
+            assert status == 201 or "api.networks" in answer.json()["detail"]
+        udp = {"id": "udp", "url": "rtsp://camera.invalid/x", "transport": "udp"}
+        answer = await run.client.post("/v1/sources", json=udp)
+        assert answer.status_code == 422 and answer.json()["detail"].startswith("transport: ")
+
+
+async def test_a_change_that_changes_nothing_starts_nothing_anew(tiny_pack: Path, tmp_path: Path) -> None:
+    async with serving(tiny_pack, tmp_path) as run:
+        await run.client.post("/v1/sources", json={"id": "a", "url": LIVE, "hop_s": 1})
+        before = run.service.sources["a"]
+        for body in ({}, {"hop_s": 1.0}, {"id": "a"}, {"url": LIVE}, {"audio": None}, {"roi": []}):
+            assert (await run.client.patch("/v1/sources/a", json=body)).status_code == 200
+            assert run.service.sources["a"] is before, body
+        assert (await run.client.patch("/v1/sources/a", json={"hop_s": None})).json()["settings"]["hop_s"] is None
+        assert run.service.sources["a"] is not before
+
+
+@pytest.mark.parametrize(
+    ("source", "body", "status", "said"),
+    [
+        ("nope", {"audio": False}, 404, "no source 'nope' (there are: a)"),
+        ("a", {"colour": 1}, 422, "colour: unknown key"),
+        ("a", {"colour": None}, 422, "colour: unknown key"),
+        ("a", {"id": "b"}, 422, "id: a source keeps its name"),
+        ("a", {"trusted": True}, 422, "only the configuration file"),
+        ("a", {"url": None}, 422, "url: Field required"),
+        ("a", {"packs": "base"}, 422, "packs: "),
+        ("a", {"hop_s": 0}, 422, "hop_s: "),
+        ("a", {"url": "file:///etc/passwd"}, 422, "scheme 'file' is for the configuration file only"),
+        ("a", {"record": "/tmp/x.mkv"}, 422, "record: only the configuration file"),
+    ],
+)
+async def test_a_change_that_does_not_fit_leaves_the_source_as_it_was(
+    tiny_pack: Path, tmp_path: Path, source: str, body: dict[str, Any], status: int, said: str
+) -> None:
+    async with serving(tiny_pack, tmp_path) as run:
+        await run.client.post("/v1/sources", json={"id": "a", "url": LIVE})
+        before = run.service.sources["a"]
+        answer = await run.client.patch(f"/v1/sources/{source}", json=body)
+        assert answer.status_code == status and said in answer.json()["detail"], answer.text
+        assert run.service.sources["a"] is before
+
+
+async def test_a_client_that_has_seen_something_else_changes_nothing(tiny_pack: Path, tmp_path: Path) -> None:
+    async with serving(tiny_pack, tmp_path) as run:
+        seen = (await run.client.post("/v1/sources", json={"id": "a", "url": LIVE})).headers["etag"]
+        assert (await run.client.get("/v1/sources/a")).headers["etag"] == seen
+        match = {"if-match": f'"other", {seen}'}
+        changed = await run.client.patch("/v1/sources/a", json={"audio": False}, headers=match)
+        assert changed.status_code == 200 and changed.headers["etag"] != seen
+        late = [await run.client.patch("/v1/sources/a", json={"audio": True}, headers={"if-match": seen})]
+        late.append(await run.client.delete("/v1/sources/a", headers={"if-match": seen}))
+        assert [answer.status_code for answer in late] == [412, 412]
+        assert not run.service.sources["a"].settings.audio
+        assert (await run.client.delete("/v1/sources/a", headers={"if-match": "*"})).status_code == 204
+        assert (await run.client.delete("/v1/sources/a", headers={"if-match": "*"})).status_code == 404
+
+
+async def test_a_change_and_a_removal_at_once_and_a_change_while_it_connects(tiny_pack: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"rtsp://127.0.0.1:{mute.getsockname()[1]}/x"
+        async with serving(tiny_pack, tmp_path, api={"networks": ["127.0.0.0/8"]}) as run:
+            given = {"id": "a", "url": url, "open_timeout_s": 2.0, "stall_timeout_s": 2.0}
+            assert (await run.client.post("/v1/sources", json=given)).json()["state"] == "connecting"
+            changed = await run.client.patch("/v1/sources/a", json={"url": LIVE})
+            assert changed.status_code == 200
+            await run.until("a", "live")
+            patch = run.client.patch("/v1/sources/a", json={"audio": False})
+            both = await asyncio.gather(patch, run.client.delete("/v1/sources/a"))
+            # Whichever comes first; the other is told, and neither is done by halves.
+            patched, removed = (answer.status_code for answer in both)
+            assert (patched, removed) in {(200, 409), (200, 204), (409, 204), (404, 204)}
+            assert (await run.client.get("/v1/sources/a")).status_code == (404 if removed == 204 else 200)
+        assert run.service.ledger.unbalanced() == {}
+
+
+@pytest.mark.parametrize("wrong", ["", ".", "..", "-a", "a/b", "a b", "a:restart", "\u00e9", "a\n", "a" * 64, 3, None])
+async def test_ids_are_plain(tiny_pack: Path, tmp_path: Path, wrong: Any) -> None:
+    async with serving(tiny_pack, tmp_path) as run:
+        answer = await run.client.post("/v1/sources", json={"id": wrong, "url": LIVE})
+        assert answer.status_code == 422 and answer.json()["detail"].startswith("id: ")
+
+
+async def test_there_is_room_for_so_many_and_no_more(tiny_pack: Path, tmp_path: Path) -> None:
+    async with serving(tiny_pack, tmp_path, api={"max_sources": 2}, sources=[{"id": "a", "url": LIVE}]) as run:
+        add = [await run.client.post("/v1/sources", json={"id": name, "url": LIVE}) for name in ("b", "c", "b")]
+        assert [answer.status_code for answer in add] == [201, 409, 409]
+        assert "2 sources are watched already" in add[1].json()["detail"] and "is there already" in add[2].text
+        await run.client.delete("/v1/sources/a")
+        assert (await run.client.post("/v1/sources", json={"id": "c", "url": LIVE})).status_code == 201
 
 
 async def test_a_source_of_the_file_may_be_changed_but_not_given_another_address_as_trusted(
