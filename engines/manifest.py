@@ -283,7 +283,8 @@ class Branch(_Strict):
 
 
 DEFAULT_BOUNDS: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.15, "int8": 0.2}
-"""Bounds that separate rounding from a fault, measured: docs/decisions/0006-precisions.md."""
+DEFAULT_MASK_BOUNDS: dict[Precision, float] = {"fp32": 0.999, "fp16": 0.99, "bf16": 0.93, "int8": 0.85}
+"""Bounds that separate rounding from a fault, measured: docs/decisions/0006-precisions.md, of masks docs/verify.md."""
 
 
 class PackSource(_Strict):
@@ -315,6 +316,9 @@ class Manifest(_Strict):
     parity_bounds: dict[Precision, float] = DEFAULT_BOUNDS
     """How far an engine may be from PyTorch on any float output, by precision: in fp32 the largest absolute
     difference, in the others the root mean square difference in standard deviations of the output."""
+    mask_bounds: dict[Precision, Annotated[float, Field(ge=0, le=1)]] = DEFAULT_MASK_BOUNDS
+    """Smallest share of a mask's pixels on which an engine must agree with PyTorch, by precision: rounding turns pixels
+    whose two best classes are level, so a mask cannot be bounded by its largest error."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -17,9 +17,6 @@ from engines.errors import ParityFailed, ParityMissing
 from engines.manifest import PARITY_FILE, GraphSpec, Manifest, Sha256
 
 Share = Annotated[float, Field(ge=0, le=1)]
-MIN_MASK_AGREEMENT = {"fp32": 0.999, "fp16": 0.99, "bf16": 0.93, "int8": 0.9}
-"""Smallest share of pixels on which a segmentation mask must agree with PyTorch's: rounding turns
-pixels whose two best classes are level, so a mask cannot be bounded by its largest error."""
 
 
 class _Strict(BaseModel):
@@ -165,19 +162,31 @@ def within_bounds(
     manifest: Manifest, precision: str, outputs: tuple[OutputParity, ...], *, share: float = 1.0
 ) -> str | None:
     """What is over the manifest's bounds, or over this share of them, in words; ``None`` when nothing is."""
-    bounds = {str(name): bound for name, bound in manifest.parity_bounds.items()}
-    bound = bounds.get(precision)
-    if bound is None:
-        return f"the manifest sets no bound for precision {precision}"
-    return next((text for out in outputs if (text := _over(out, precision, bound, share)) is not None), None)
+    return next((text for out in outputs if (text := _over(manifest, precision, out, share)) is not None), None)
 
 
-def _over(out: OutputParity, precision: str, bound: float, share: float) -> str | None:
+def bound_of(manifest: Manifest, precision: str) -> float | None:
+    """The manifest's bound on float outputs; ``None`` where it sets none."""
+    return next((bound for name, bound in manifest.parity_bounds.items() if name == precision), None)
+
+
+def mask_bound_of(manifest: Manifest, precision: str) -> float | None:
+    """The manifest's bound on masks; ``None`` where it sets none."""
+    return next((bound for name, bound in manifest.mask_bounds.items() if name == precision), None)
+
+
+def _over(manifest: Manifest, precision: str, out: OutputParity, share: float) -> str | None:
     """In fp32 rounding is small everywhere, so the largest difference counts. At lower precisions the largest of
     many is chance: what counts is the error over the whole, in units of what the output says."""
-    needed = 1 - share * (1 - MIN_MASK_AGREEMENT[precision])
-    if out.mask_agreement is not None and out.mask_agreement < needed:
-        return f"mask {out.tensor} agrees on {out.mask_agreement:.2%} of pixels, at least {needed:.1%} are needed"
+    bound, least = bound_of(manifest, precision), mask_bound_of(manifest, precision)
+    if bound is None:
+        return f"the manifest sets no bound for precision {precision}"
+    if out.mask_agreement is not None:
+        if least is None:
+            return f"the manifest sets no bound on masks for precision {precision}"
+        needed = 1 - share * (1 - least)
+        if out.mask_agreement < needed:
+            return f"mask {out.tensor} agrees on {out.mask_agreement:.2%} of pixels, at least {needed:.1%} are needed"
     if out.max_abs_error is None:
         return None
     if precision == "fp32":

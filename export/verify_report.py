@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from engines.manifest import GraphSpec, Manifest
 from engines.measure import answers_of
-from engines.parity import MIN_MASK_AGREEMENT, BatchLatency, GraphParity, OutputParity
+from engines.parity import BatchLatency, GraphParity, OutputParity, bound_of, mask_bound_of
 from export.verify import Verification, Verified
 from export.verify_plots import Bar, Line, bars_from_zero, log_bars, log_lines
 
@@ -26,24 +27,25 @@ def verdict(one: Verified) -> str:
 
 
 def share_of_bound(manifest: Manifest, precision: str, out: OutputParity) -> float:
-    """An output's error over what is allowed: up to 1 is within the bound."""
+    """An output's error over what is allowed: up to 1 is within the bound, infinite where nothing is allowed."""
+    error = (out.max_abs_error if precision == "fp32" else out.relative_error) or 0.0
+    allowed = bound_of(manifest, precision)
     if out.mask_agreement is not None:
-        return (1 - out.mask_agreement) / (1 - MIN_MASK_AGREEMENT[precision])
-    error = out.max_abs_error if precision == "fp32" else out.relative_error
-    bounds = {str(name): bound for name, bound in manifest.parity_bounds.items()}
-    return (error or 0.0) / bounds[precision]
+        least = mask_bound_of(manifest, precision)
+        error, allowed = 1 - out.mask_agreement, None if least is None else 1 - least
+    return error / allowed if allowed else math.inf if error else 0.0
 
 
 def bound_text(manifest: Manifest, graph: GraphSpec, precision: str) -> str:
     """What is allowed: of masks a share of equal pixels, in fp32 a largest error, else one in standard deviations."""
-    bounds = {str(name): bound for name, bound in manifest.parity_bounds.items()}
-    unit = "max" if precision == "fp32" else "relative"
-    texts = {
-        f"{MIN_MASK_AGREEMENT[precision]:.1%} px" if t.dtype == "uint8" else ""
-        for t in answers_of(manifest, graph.name)
-    }
-    allowed = f"{bounds[precision]:g} {unit}" if "" in texts else ""
-    return ", ".join(text for text in (allowed, *sorted(texts)) if text)
+    bound, least = bound_of(manifest, precision), mask_bound_of(manifest, precision)
+    masks = {tensor.dtype == "uint8" for tensor in answers_of(manifest, graph.name)}
+    texts = []
+    if False in masks and bound is not None:
+        texts.append(f"{bound:g} {'max' if precision == 'fp32' else 'relative'}")
+    if True in masks and least is not None:
+        texts.append(f"{least:.1%} px")
+    return ", ".join(texts)
 
 
 FIGURES = ("max error", "relative", "top-1", "equal px", "mask IoU", "cosine")

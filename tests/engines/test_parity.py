@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +10,18 @@ import numpy as np
 import pytest
 
 from engines.errors import ManifestError, ParityFailed, ParityMissing
-from engines.manifest import PARITY_FILE, read_manifest, write_manifest
+from engines.manifest import DEFAULT_BOUNDS, PARITY_FILE, Manifest, read_manifest, write_manifest
 from engines.measure import compare, mean_iou, repeat_to
 from engines.open import open_pack
-from engines.parity import GraphParity, OutputParity, ParityReport, check_parity, read_parity, write_parity
+from engines.parity import (
+    GraphParity,
+    OutputParity,
+    ParityReport,
+    check_parity,
+    read_parity,
+    within_bounds,
+    write_parity,
+)
 
 
 def edit(folder: Path, change: Callable[[GraphParity], GraphParity]) -> None:
@@ -83,6 +92,34 @@ def test_a_mask_that_differs_is_refused(tiny: Path) -> None:
     edit(tiny, lambda entry: entry.model_copy(update={"outputs": (bad,)}))
     with pytest.raises(ParityFailed, match=r"mask scene_mask agrees on 90.00% of pixels"):
         open_pack(tiny, backend="onnxruntime")
+
+
+@pytest.mark.parametrize(
+    ("precision", "agreement", "bounds", "message"),
+    [
+        ("fp32", 0.9985, {}, "mask m agrees on 99.85% of pixels, at least 99.9% are needed"),
+        ("bf16", 0.935, {}, None),
+        ("bf16", 0.925, {}, "mask m agrees on 92.50% of pixels, at least 93.0% are needed"),
+        ("int8", 0.86, {}, None),
+        ("int8", 0.84, {}, "mask m agrees on 84.00% of pixels, at least 85.0% are needed"),
+        ("int8", 0.86, {"int8": 0.9}, "mask m agrees on 86.00% of pixels, at least 90.0% are needed"),
+        ("bf16", 1.0, {"int8": 0.9}, "the manifest sets no bound on masks for precision bf16"),
+    ],
+)
+def test_masks_are_bounded_by_the_manifest(
+    tiny: Path, precision: str, agreement: float, bounds: dict[str, float], message: str | None
+) -> None:
+    written = json.loads((tiny / "manifest.json").read_text())
+    assert written["mask_bounds"] == {"fp32": 0.999, "fp16": 0.99, "bf16": 0.93, "int8": 0.85}
+    written |= {"parity_bounds": DEFAULT_BOUNDS, "mask_bounds": bounds or written["mask_bounds"]}
+    manifest = Manifest.model_validate(written)
+    out = OutputParity(tensor="m", mask_agreement=agreement, mask_iou=0.5)
+    assert within_bounds(manifest, precision, (out,)) == message
+    if message is not None and agreement < 1:
+        # What may use a share of what is allowed needs more.
+        just = OutputParity(tensor="m", mask_agreement=manifest.mask_bounds[precision], mask_iou=0.5)  # type: ignore[index]
+        assert within_bounds(manifest, precision, (just,)) is None
+        assert "are needed" in str(within_bounds(manifest, precision, (just,), share=0.75))
 
 
 def test_a_precision_without_bound_fails(tiny: Path) -> None:
