@@ -12,7 +12,7 @@ from stream.accounting import Ledger
 from stream.batching import Batcher
 from stream.clock import NS_PER_S, Clock
 from stream.engine_pool import BatchResult, EnginePool
-from stream.errors import SourceError
+from stream.errors import SettingsError, SourceError
 from stream.event_format import Timing, source_event
 from stream.events import EventTracker
 from stream.ingest.address import AddressGuard
@@ -167,8 +167,11 @@ class Service:
         """Make the sources those of new settings: what is new starts, what is gone ends, what differs starts anew.
 
         Sources that came through the API are left alone. Returns what was done, in words. A source that cannot be
-        watched is logged and left as it is.
+        watched is logged and left as it is. Raises ``SettingsError`` for settings that do not speak of sources.
         """
+        if "sources" not in settings.model_fields_set and any(one.settings.trusted for one in self.sources.values()):
+            # A file that is being written is empty for a moment.
+            raise SettingsError("there is no word of sources; to end them all, write sources: []")
         return await self.sources.follow(settings.sources)
 
     def _check_source(self, settings: SourceSettings) -> None:

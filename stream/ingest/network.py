@@ -22,7 +22,7 @@ from stream.ingest.errors import Failure, check_network_url, map_av_error
 from stream.ingest.file import Pacer
 from stream.ingest.link import Link
 from stream.ingest.protocols import open_by
-from stream.ingest.rtsp import open_rtsp, reported_offset_ns, transports
+from stream.ingest.rtsp import TransportMemory, open_rtsp, reported_offset_ns, transports
 from stream.ingest.stats import DecodeStats
 from stream.ingest.tap import Tap
 from stream.ingest.timeline import to_ns
@@ -49,7 +49,8 @@ NO_MEDIA = frozenset(
 
 
 class NetworkSource:
-    """One connection to one camera. ``guard`` says where sources may connect to that the operator did not name."""
+    """One connection to one camera. ``guard`` says where sources may connect to that the operator did not name;
+    ``transports`` is one object for all connections of a source."""
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class NetworkSource:
         first_epoch: int = 0,
         tap: Tap | None = None,
         guard: AddressGuard | None = None,
+        transports: TransportMemory | None = None,
     ) -> None:
         """Raises ``SourceError`` when the address cannot be understood."""
         self._settings = settings
@@ -72,6 +74,7 @@ class NetworkSource:
         self._renderer = FrameRenderer(settings.scaling)
         self._first_epoch = first_epoch
         self._tap = tap
+        self._transports = transports or TransportMemory()
         self._guard = guard if settings.trusted else guard or AddressGuard()
         self.stats = DecodeStats()
 
@@ -95,14 +98,22 @@ class NetworkSource:
             return
 
     def _run_rtsp(self, link: Link, emit: Emit) -> None:
-        ways = transports(link)
+        ways = transports(link, self._transports)
         for transport in ways[:-1]:
             try:
-                return self._run_once(link, transport, emit)
+                return self._run_over(link, transport, emit)
             except SourceError as error:
                 if self.stats.packets or error.reason not in NO_MEDIA or link.stop.is_set():
                     raise
-        return self._run_once(link, ways[-1], emit)
+        return self._run_over(link, ways[-1], emit)
+
+    def _run_over(self, link: Link, transport: Transport, emit: Emit) -> None:
+        """Run once, and remember whether media came this way."""
+        try:
+            self._run_once(link, transport, emit)
+        finally:
+            if self.stats.packets:
+                self._transports.worked = transport
 
     def _run_once(self, link: Link, transport: Transport | None, emit: Emit) -> None:
         connection: Connection | None = None
@@ -165,7 +176,8 @@ class NetworkSource:
         try:
             self._read(link, connection, selected, decoder, assembler)
         except (SourceError, av.error.FFmpegError):
-            self._finish(decoder, "lost")
+            # A read that is broken off by a stall may find that the source was told to stop meanwhile.
+            self._finish(decoder, "removed" if link.stop.is_set() else "lost")
             raise
         self._finish(decoder, "removed")
 

@@ -13,6 +13,7 @@ from stream.ingest.network import NetworkSource
 from stream.ingest.recorder import Recorder
 from stream.ingest.recording import REPLAYED_SETTINGS
 from stream.ingest.replay import ReplaySource
+from stream.ingest.rtsp import TransportMemory
 from stream.ingest.stats import DecodeStats
 from stream.ingest.synthetic import SyntheticSource
 from stream.ingest.tap import Tap
@@ -39,6 +40,7 @@ def open_source(
     tap: Tap | None = None,
     guard: AddressGuard | None = None,
     publications: Publications | None = None,
+    transports: TransportMemory | None = None,
 ) -> CountingSource:
     """The source of these settings; nothing is connected before ``run``.
 
@@ -46,14 +48,15 @@ def open_source(
     the rate that audio is resampled to (``None``: audio is not decoded), ``first_epoch`` the number of its first
     epoch (a reconnection goes on counting). ``tap`` looks on at the packets of a network source.
     ``guard`` says what sources may connect to that are not trusted; the default one when not given.
-    ``publications`` are where publishers come to, for a source that is published to. Raises
+    ``publications`` are where publishers come to, for a source that is published to. ``transports`` remembers, from
+    one connection to the next, over what RTP came. Raises
     ``SourceError`` when the address cannot be understood.
     """
     source: CountingSource
     if settings.scheme == "webrtc":
         source = WebRtcSource(settings, inputs, audio_rate, clock, first_epoch, publications)
     else:
-        source = _open(settings, inputs, audio_rate, clock, first_epoch, tap, guard)
+        source = _open(settings, inputs, audio_rate, clock, first_epoch, tap, guard, transports)
     blackout = Blackout(settings.privacy, settings.roi)
     return Blackened(source, blackout) if blackout else source
 
@@ -74,6 +77,7 @@ def _open(
     first_epoch: int,
     tap: Tap | None,
     guard: AddressGuard | None,
+    transports: TransportMemory | None,
 ) -> CountingSource:
     match settings.scheme:
         case "file":
@@ -83,7 +87,7 @@ def _open(
         case "replay":
             return ReplaySource(settings, inputs, audio_rate, clock, first_epoch)
         case _:
-            return NetworkSource(settings, inputs, audio_rate, clock, first_epoch, tap, guard)
+            return NetworkSource(settings, inputs, audio_rate, clock, first_epoch, tap, guard, transports)
 
 
 class Blackened:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
+from dataclasses import dataclass
 
 import av
 import av.error
@@ -36,7 +37,14 @@ UDP_OPTIONS = {
 }
 
 
-def transports(link: Link) -> tuple[Transport, ...]:
+@dataclass(slots=True)
+class TransportMemory:
+    """What brought media the last time, over all connections of a source."""
+
+    worked: Transport | None = None
+
+
+def transports(link: Link, memory: TransportMemory) -> tuple[Transport, ...]:
     """Ways for RTP to travel, in the order to be tried. Raises ``SourceError`` for one that may not be used."""
     wanted = link.settings.transport
     # Over UDP a server names where its datagrams come from, and FFmpeg sends its own there, unchecked.
@@ -44,7 +52,10 @@ def transports(link: Link) -> tuple[Transport, ...]:
     if wanted is Transport.UDP and tcp_only:
         raise link.failure(Failure.FORBIDDEN, "transport: udp is not for rtsps://, nor for the API; use transport: tcp")
     if wanted is Transport.AUTO:
-        return (Transport.TCP,) if tcp_only else (Transport.TCP, Transport.UDP)
+        if tcp_only:
+            return (Transport.TCP,)
+        both = (Transport.TCP, Transport.UDP)
+        return both[::-1] if memory.worked is Transport.UDP else both
     return (wanted,)
 
 
@@ -82,7 +93,9 @@ def _open(
     settings = link.settings
     started_s = time.monotonic()
     try:
-        return av.open(url, options=options, timeout=(settings.open_timeout_s, read_s))
+        # A session's name in another encoding than UTF-8 is no reason not to look at the pictures.
+        timeouts = (settings.open_timeout_s, read_s)
+        return av.open(url, options=options, timeout=timeouts, metadata_errors="replace")
     except av.error.FFmpegError:
         if patience is not None and patience.error is not None:
             raise patience.error from None

@@ -18,8 +18,10 @@ import pytest
 
 from stream.clock import SystemClock
 from stream.ingest.errors import Failure
+from stream.ingest.link import Link
 from stream.ingest.open import open_source
-from stream.source_settings import SourceSettings
+from stream.ingest.rtsp import TransportMemory, transports
+from stream.source_settings import SourceSettings, Transport
 from stream.types import AudioChunk, EpochStart, Frame
 from tests.e2e.conftest import StartRtspServer, missing
 from tests.e2e.test_rtsp_ingest import CANARY, Live
@@ -54,9 +56,10 @@ CLIP = Clip(seconds=2, flash_s=1.2, beep_s=1.2, gop=25)
 def watch() -> Iterator[Callable[..., Live]]:
     started: list[Live] = []
 
-    def start(url: str, **settings: object) -> Live:
+    def start(url: str, memory: TransportMemory | None = None, **settings: object) -> Live:
         values: dict[str, object] = {"id": "cam", "url": url, "stall_timeout_s": 2.0, "read_timeout_s": 0.5}
-        source = open_source(SourceSettings.model_validate(values | settings), EVERY_FRAME, 16_000, SystemClock())
+        wanted = SourceSettings.model_validate(values | settings)
+        source = open_source(wanted, EVERY_FRAME, 16_000, SystemClock(), transports=memory)
         started.append(Live(source))
         return started[-1]
 
@@ -351,8 +354,24 @@ def test_srt_with_a_wrong_passphrase(watch: Callable[..., Live], folder: Path) -
 def test_rtsp_finds_the_transport_that_works(
     rtsp_server: StartRtspServer, watch: Callable[..., Live], folder: Path, only: str
 ) -> None:
-    live = watch(rtsp_server(folder / "clip.mp4", "--only", only, "--loop").url, transport="auto")
+    memory = TransportMemory()
+    live = watch(rtsp_server(folder / "clip.mp4", "--only", only, "--loop").url, memory, transport="auto")
     live.wait_for(lambda run: len(run.of(Frame)) > 20)
+    live.end()
+    assert memory.worked == only
+
+
+@pytest.mark.parametrize(("worked", "only"), [("udp", "tcp"), ("tcp", "udp"), ("udp", "udp")])
+def test_rtsp_begins_with_the_transport_that_worked_and_falls_back(
+    rtsp_server: StartRtspServer, watch: Callable[..., Live], folder: Path, worked: str, only: str
+) -> None:
+    memory = TransportMemory(Transport(worked))
+    settings = SourceSettings.model_validate({"id": "cam", "url": "rtsp://x/y", "transport": "auto"})
+    assert transports(Link(settings, None, threading.Event()), memory)[0] == worked
+    live = watch(rtsp_server(folder / "clip.mp4", "--only", only, "--loop").url, memory, transport="auto")
+    live.wait_for(lambda run: len(run.of(Frame)) > 20)
+    live.end()
+    assert memory.worked == only
 
 
 @pytest.mark.parametrize("url", ["v4l2:///dev/video77", "v4l2:///dev/video77?size=640x480&fps=30"])
