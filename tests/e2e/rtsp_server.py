@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "deploy" / "demo" / "rtsp_server.py"
 PYTHON = "/usr/bin/python3"
 """The system's: it has GStreamer's bindings."""
-START_S = 20.0
+START_S = 120.0
 
 
 class CannotServe(Exception):
