@@ -68,7 +68,8 @@ class Ending:
         self._publisher: Publisher | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._reload: Reload | None = None
-        self._reloading: set[asyncio.Task[None]] = set()
+        self._reloading: asyncio.Task[None] | None = None
+        self._to_reload = False
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:
@@ -76,7 +77,7 @@ class Ending:
         numbers = (signal.SIGINT, signal.SIGTERM)
         for number in numbers:
             self._loop.add_signal_handler(number, self._on_signal, number)
-        self._loop.add_signal_handler(signal.SIGHUP, self._on_hang_up)
+        self._loop.add_signal_handler(signal.SIGHUP, self.hang_up)
         try:
             yield
         finally:
@@ -91,21 +92,26 @@ class Ending:
             self._cut()
         self.ask()
 
-    def _on_hang_up(self) -> None:
+    def hang_up(self) -> None:
+        """Read the settings again; if that is being done, once more afterwards."""
         if self._reload is None or self._service is None:
             log.warning("SIGHUP: there is no configuration to read again")
             return
-        task = self._loop.create_task(self._follow(self._service, self._reload), name="reload")
-        self._reloading.add(task)
-        task.add_done_callback(self._reloading.discard)
+        self._to_reload = True
+        if self._reloading is None or self._reloading.done():
+            self._reloading = self._loop.create_task(self._follow(self._service, self._reload), name="reload")
 
     async def _follow(self, service: Service, reload: Reload) -> None:
-        try:
-            settings = await asyncio.to_thread(reload)
-        except SettingsError as error:
-            log.error("SIGHUP: the sources stay as they are: %s", error)
-            return
-        log.info("SIGHUP: %s", await service.follow(settings))
+        """One after another: of two at once, the older file could have the last word."""
+        while self._to_reload:
+            self._to_reload = False
+            try:
+                settings = await asyncio.to_thread(reload)
+                done = await service.follow(settings)
+            except SettingsError as error:
+                log.error("SIGHUP: the sources stay as they are: %s", error)
+            else:
+                log.info("SIGHUP: %s", done)
 
     def attach(self, service: Service, publisher: Publisher | None = None, reload: Reload | None = None) -> None:
         """What has to end, and how its settings are read again."""

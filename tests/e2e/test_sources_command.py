@@ -108,6 +108,50 @@ def test_what_was_added_is_there_again_after_a_kill(
     assert CANARY not in told + again.text() + third.text()
 
 
+def test_a_file_that_is_being_written_swapped_or_gone(tmp_path: Path, tiny_pack: Path, port: int) -> None:
+    """Mounted as Kubernetes does it: the file is a link into a folder that is a link, which is renamed over."""
+
+    def publish(version: str, content: str) -> None:
+        folder = tmp_path / version
+        folder.mkdir()
+        (folder / "config.yaml").write_text(content)
+        (tmp_path / "..new").symlink_to(version)
+        (tmp_path / "..new").rename(tmp_path / "..data")
+
+    def sources(*ids: str) -> str:
+        return json.dumps({"sources": [{"id": source_id, "url": LIVE} for source_id in ids]}, indent=1)
+
+    def hang_up(said: str) -> None:
+        before = running.text().count(said)
+        running.process.send_signal(signal.SIGHUP)
+        running.wait_for(lambda text: text.count(said) > before, timeout_s=60)
+
+    publish("v1", sources("a"))
+    (tmp_path / "config.yaml").symlink_to("..data/config.yaml")
+    running = start(tmp_path, tiny_pack, port)
+    try:
+        running.wait_for(lambda said: "source a: live" in said, timeout_s=60)
+        publish("v2", sources("a", "b"))
+        hang_up("SIGHUP: added b\n")
+        hang_up("SIGHUP: no source differs\n")
+        unchanged = "SIGHUP: the sources stay as they are: "
+        whole = sources("a", "b")
+        for number, cut in enumerate((0, 1, len(whole) // 2, len(whole) - 2)):
+            publish(f"half-{number}", whole[:cut])
+            hang_up(unchanged)
+        publish("other", "packs: [{name: tiny}]\n")
+        hang_up(f"{unchanged}there is no word of sources")
+        (tmp_path / "..data").unlink()
+        hang_up(f"{unchanged}{tmp_path / 'config.yaml'}: cannot be read: No such file or directory")
+        publish("v3", sources("b", "c"))
+        hang_up("SIGHUP: added c; removed a\n")
+        publish("v4", json.dumps({"sources": []}))
+        hang_up("SIGHUP: removed b, c\n")
+        assert running.end().code == 0
+    finally:
+        running.kill()
+
+
 def test_no_service_is_one_line(tmp_path: Path, port: int) -> None:
     done = sightwire(tmp_path, "sources", "list")
     assert done.code == 1 and len(done.errors) == 1
