@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from models.audio import EMBEDDING
 from models.basepack import captions
 from models.basepack.baselines import fit_logistic
-from models.basepack.batches import service_windows, training_windows, window_features
+from models.basepack.batches import service_windows, window_features
 from models.basepack.cache import Encoded
 from models.basepack.labels import SOUNDS
 from models.basepack.retrieval import Captioned
@@ -24,8 +24,6 @@ from models.losses import known_cross_entropy
 from models.metrics import Interval, bootstrap_each, recall_at, retrieval_ranks
 
 CAPTIONED = ("fights", "gmdcsa24", "ut-interaction", "weizmann")
-EVERY_OTHER = 3
-"""Of the many overlapping windows of a recording's variants so few are kept to train on."""
 Floats = NDArray[np.float32]
 Hear = Callable[[Encoded], Floats]
 """Embeddings of the sound under a recording's service windows, float32 ``[W, EMBEDDING]``; no rows without a track."""
@@ -38,9 +36,7 @@ def captioned_videos(recordings: Sequence[Encoded], sentences: Mapping[str, str]
         recording = item.recording
         if recording.dataset not in CAPTIONED:
             continue
-        own = service_windows(item)
-        windows = own + training_windows(item)[::EVERY_OTHER]
-        features, masks = zip(*(window_features(window) for window in windows), strict=True)
+        features, masks = zip(*(window_features(window) for window in service_windows(item)), strict=True)
         pooled = pool(torch.from_numpy(np.stack(features)), torch.from_numpy(np.stack(masks))).numpy()
         if captions.is_template(recording):
             meaning = recording.spans[0].label
@@ -50,7 +46,7 @@ def captioned_videos(recordings: Sequence[Encoded], sentences: Mapping[str, str]
             meaning = query = sentences[recording.path.name]
             texts = (query,)
         names = (recording.path.name, recording.dataset, recording.group)
-        found.append(Captioned(*names, meaning, texts, query, meaning, pooled, hear(item), len(own)))
+        found.append(Captioned(*names, meaning, texts, query, meaning, pooled, hear(item)))
     return found
 
 
@@ -155,7 +151,7 @@ def _recordings(train: Sequence[Captioned], test: Sequence[Captioned], number: M
 
 
 def _mean(clip: Captioned) -> Floats:
-    rows: Floats = clip.video[: clip.plain] if len(clip.video) else clip.audio
+    rows: Floats = clip.video if len(clip.video) else clip.audio
     mean: Floats = rows.mean(axis=0)
     return mean
 

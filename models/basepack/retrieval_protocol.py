@@ -60,14 +60,15 @@ def _embed(net: SoundNet, features: Floats) -> Floats:
 
 
 def train_retrieval(
-    gallery: Gallery, shipped: SoundNet, held_out: dict[str, SoundNet], fit: RetrievalFit, seed: int, report: Report
+    gallery: Gallery, shipped: SoundNet, held_out: dict[str, SoundNet], fit: RetrievalFit, report: Report
 ) -> dict[str, RetrievalHead]:
     """By fold the head that has not seen it, and under ``SHIPPED`` the one of all."""
     heads = {}
-    for fold in FOLDS:
-        clips = [clip for clip, own in zip(gallery.heard_by(held_out[fold]), gallery.folds, strict=True) if own != fold]
-        heads[fold] = fit_retrieval(clips, RetrievalHead(), HashedWords(), fit, seed, report)
-    heads[SHIPPED] = fit_retrieval(gallery.heard_by(shipped), RetrievalHead(), HashedWords(), fit, seed, report)
+    for done, fold in enumerate((*FOLDS, SHIPPED), start=1):
+        net = shipped if fold == SHIPPED else held_out[fold]
+        clips = [clip for clip, own in zip(gallery.heard_by(net), gallery.folds, strict=True) if own != fold]
+        heads[fold] = fit_retrieval(clips, HashedWords(), fit)
+        report("retrieval", done, len(FOLDS) + 1, None)
     return heads
 
 
@@ -115,10 +116,10 @@ def load_heads(folder: Path, names: Sequence[str] = (*FOLDS, SHIPPED)) -> dict[s
         state = load_file(path)
         for name in names:
             own = {key.partition(".")[2]: t.float() for key, t in state.items() if key.startswith(f"{name}.")}
-            heads[name] = RetrievalHead()
+            heads[name] = RetrievalHead(len(own["see.bias"]))
             heads[name].load_state_dict(own)
             heads[name].eval().requires_grad_(False)
-    except (SafetensorError, RuntimeError, OSError) as error:
+    except (SafetensorError, RuntimeError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise WeightsError(f"{path} is not retrieval heads ({reason}); train again") from error
     return heads

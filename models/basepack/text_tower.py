@@ -1,7 +1,7 @@
-"""The text side of retrieval: words and pieces of words, hashed into a table, averaged, and mixed by one layer.
+"""The text side of retrieval: words and pieces of words, hashed into a table of logits and added.
 
 A few hundred short captions teach a transformer little; parts of words (Bojanowski et al., TACL 2017) bring "kicking"
-near "kicks" without having been seen, and cost next to nothing. docs/decisions/0005 has the comparison.
+near "kicks" without having been seen, and cost next to nothing. docs/decisions/0005 and 0007 have the comparisons.
 """
 
 from __future__ import annotations
@@ -44,6 +44,13 @@ class HashedWords:
             out[number, : len(row)] = torch.tensor(row, dtype=torch.int64)
         return out
 
+    def bags(self, texts: Sequence[str]) -> Tensor:
+        """float32 ``[B, buckets + 1]``: how often each part occurs, over the root of the number of parts."""
+        tokens = self.encode(texts)
+        known = (tokens != PAD).float()
+        counts = torch.zeros(len(texts), self.buckets + 1).scatter_add_(1, tokens, known)
+        return counts / known.sum(dim=1, keepdim=True).clamp(min=1).sqrt()
+
     def _numbers(self, text: str) -> list[int]:
         found: list[int] = []
         for word in _WORD.findall(text.lower()):
@@ -74,21 +81,22 @@ class HashedWords:
 
 
 class BagOfWords(nn.Module):
-    """The mean of a text's parts and one layer over it."""
+    """A linear layer on ``HashedWords.bags`` as a table, of which only the rows of a text's own parts are read."""
 
-    def __init__(self, buckets: int, width: int = 64, dropout: float = 0.2) -> None:
+    def __init__(self, buckets: int, width: int) -> None:
         super().__init__()
-        self.features = width
         self.embed = nn.Embedding(buckets + 1, width, padding_idx=PAD)
-        nn.init.normal_(self.embed.weight, std=1.0)
-        self.mix = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def take(self, linear: nn.Linear) -> None:
+        """Answer as ``linear``, ``[buckets + 1]`` to ``[width]``, does for bags."""
         with torch.no_grad():
+            self.embed.weight.copy_(linear.weight.T)
             self.embed.weight[PAD].zero_()
+            self.bias.copy_(linear.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 ``[B, L]``, 0 for padding, to float32 ``[B, width]``."""
         count = (tokens != PAD).sum(dim=1, keepdim=True)
-        # The root of the count: a mean of many unrelated parts would be next to nothing.
-        bag = self.embed(tokens).sum(dim=1) / count.clamp(min=1).to(self.embed.weight.dtype).sqrt()
-        mixed: Tensor = bag + self.mix(bag)
-        return mixed
+        bag: Tensor = self.embed(tokens).sum(dim=1) / count.clamp(min=1).to(self.bias.dtype).sqrt()
+        return bag + self.bias

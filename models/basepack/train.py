@@ -94,7 +94,7 @@ def _train(config: TrainConfig, report: Report) -> Figures:
     calibration = calibrate(actions, score_sounds(held_out, ear, read.sounds, encoded))
 
     labelled = gallery(config.data, encoded, ear, read.sounds)
-    save_retrieval(train_retrieval(labelled, shipped, held_out, RetrievalFit(), config.seed, report), config.out)
+    save_retrieval(train_retrieval(labelled, shipped, held_out, RetrievalFit(), report), config.out)
 
     model.decoder = fit_decoder(config, read, model.trunk, report)
     save_weights(model, config.out)
