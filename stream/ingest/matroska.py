@@ -49,6 +49,8 @@ SIDE_NAMES: tuple[str, ...] = get_args(PktSideDataT)
 _KEPT_SIDE: tuple[PktSideDataT, ...] = ("new_extradata", "param_change", "skip_samples", "palette")
 """Side data that changes what a decoder does."""
 _BLOCK_ADDITIONAL: PktSideDataT = "matroska_block_additional"
+_LONGEST_MS = 60_000
+"""How long players are told at most that a packet lasts."""
 _WRITE = {
     # A killed process loses no more than this (ms).
     "cluster_time_limit": "1000",
@@ -151,7 +153,7 @@ class PartWriter:
         packet.time_base = Fraction(1, 1000)
         times = _ns(stamp.pts, base), _ns(stamp.dts, base)
         packet.pts, packet.dts = self._time.place(media.track, *(times if self._timed else (stamp.arrival_ns, None)))
-        packet.duration = int(stamp.duration * base * 1000)
+        packet.duration = min(max(0, int(stamp.duration * base * 1000)), _LONGEST_MS)
         packet.is_keyframe = stamp.key
         # Matroska's BlockAddID, then what it holds.
         packed = replace(stamp, head=head).pack(SIDE_NAMES)

@@ -82,7 +82,7 @@ class Template:
         self._container = av.open(io.BytesIO(), "w", format="matroska")
         try:
             self.streams = tuple(add_stream(self._container, stream) for stream in streams)
-        except ValueError:
+        except (ValueError, av.error.FFmpegError):
             names = ", ".join(stream.codec_context.name for stream in streams)
             raise CannotRecord(f"Matroska does not hold one of its codecs ({names})") from None
         self.codecs = tuple(stream.codec_context.codec.canonical_name for stream in streams)
@@ -129,14 +129,14 @@ class Template:
         described.tell(add_stream(container, self.streams[track]))
         try:
             container.start_encoding()
-        except (av.error.InvalidDataError, av.error.ArgumentError):
+        except av.error.FFmpegError:
             return False
         return True
 
     def parameter_sets(self, track: int, data: bytes) -> bytes | None:
         """Those inside a packet of a track; ``None`` when there are none."""
-        bsf = BitStreamFilterContext("extract_extradata", in_stream=self.streams[track])
         try:
+            bsf = BitStreamFilterContext("extract_extradata", in_stream=self.streams[track])
             filtered = [packet for packet in bsf.filter(padded_packet(data)) if packet.has_sidedata("new_extradata")]
         except av.error.FFmpegError:
             # Damaged.

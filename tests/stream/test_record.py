@@ -43,6 +43,7 @@ def clock() -> ManualClock:
     Clip(seconds=3, video="libx265", audio="libmp3lame", sample_rate=44_100),
     Clip(seconds=3, video="libvpx", audio="libopus"),
     Clip(seconds=3, video="mpeg2video", audio="mp2"),
+    Clip(seconds=3, video="libvpx-vp9", audio="ac3"),
     Clip(seconds=3, audio=None),
     Clip(seconds=3, video=None),
     Clip(seconds=2, fps=Fraction(30000, 1001), first_s=3600.0),

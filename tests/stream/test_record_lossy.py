@@ -15,6 +15,7 @@ import pytest
 
 from stream.clock import ManualClock, SystemClock
 from stream.ingest.decode import BAD_PACKETS_LIMIT
+from stream.ingest.matroska import Media, in_order, read_part
 from stream.ingest.recording import existing_parts
 from stream.types import AudioChunk, EpochStart, Frame, MediaItem
 from tests.stream.camera import Camera, facts, recording
@@ -120,6 +121,49 @@ def test_announced_parameters_that_nobody_understands(tmp_path: Path, clock: Man
     assert sum(isinstance(item, AudioChunk) for item in camera.items) > 5
     assert facts(replay(tmp_path / "out.mkv")) == facts(camera.items)
     assert camera.stats.corrupt_packets > 50
+
+
+@pytest.mark.parametrize(("pts", "dts", "duration"), [
+    (None, None, 0),
+    (1 << 61, 1 << 61, 1 << 61),
+    (-(1 << 61), -(1 << 61), -1),
+    (0, 0, 0),
+    (90_000, 1 << 40, 1 << 62),
+    (None, 7, 1),
+    (7, None, 1),
+])  # fmt: skip
+def test_times_that_no_camera_should_send_are_recorded(
+    tmp_path: Path,
+    clock: ManualClock,
+    pts: int | None,
+    dts: int | None,
+    duration: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The recorder is given them, the decoder is not: what counts is that every packet can be read again."""
+    clip = make_clip(tmp_path / "clip.ts", Clip(seconds=3))
+    sent = []
+    with recording(tmp_path / "out.mkv", clock) as recorder:
+        received = recorder.received
+
+        def odd(packet: av.Packet, arrival_ns: int, report_ns: int | None) -> None:
+            kept = (packet.pts, packet.dts, packet.duration)
+            if packet.size and len(sent) % 3:
+                packet.pts, packet.dts, packet.duration = pts, dts, duration
+            if packet.size:
+                sent.append((packet.pts, packet.dts, packet.duration or 0, bytes(packet)))
+            received(packet, arrival_ns, report_ns)
+            packet.pts, packet.dts, packet.duration = kept
+
+        recorder.received = odd  # type: ignore[method-assign]
+        Camera(recorder, clock, EVERY_FRAME).play(clip)
+    assert not recorder.has_failed and said(caplog) == []
+    entries = in_order(read_part(tmp_path / "out.mkv"))
+    media = [entry.what for entry in entries if isinstance(entry.what, Media)]
+    assert [(what.stamp.pts, what.stamp.dts, what.stamp.duration) for what in media] == [one[:3] for one in sent]
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        times = [packet.pts for packet in container.demux(video=0) if packet.size and packet.pts is not None]
+    assert len(times) > 50 and 0 <= min(times) <= max(times) < 1 << 40
 
 
 def av1(path: Path) -> Path:
