@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,6 +95,7 @@ async def yard(pack: Path, camera: str, **settings: object) -> AsyncIterator[Yar
             "sources": [cam, {"id": "by", "url": BYSTANDER, "hop_s": HOP_S}],
             "packs": [{"name": str(pack), "backend": "onnxruntime"}],
             "stay": True,
+            "api": {"networks": ["127.0.0.0/8"]},
         },
     )
     collector, clock = Collector(), SystemClock()
@@ -241,7 +243,32 @@ async def test_a_camera_that_refuses_the_password_until_it_is_right(
 async def test_a_name_that_is_unknown_for_a_while(
     rtsp_server: StartRtspServer, tiny_pack: Path, clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The name is one that no resolver knows; later the camera is found at its number."""
+    """As a source of the API, whose name this process resolves, in one place: the resolver fails and recovers."""
+    server = rtsp_server(clips["h264"], "--loop")
+    real = socket.getaddrinfo
+    failures, lookups = 3, 0
+
+    def resolve(host: Any, *more: Any, **named: Any) -> Any:
+        nonlocal lookups
+        if host != "camera.example":
+            return real(host, *more, **named)
+        lookups += 1
+        if lookups <= failures:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return real("127.0.0.1", *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    url = f"rtsp://camera.example:{server.port}/cam"
+    async with yard(tiny_pack, url, trusted=False, open_timeout_s=20.0, stall_timeout_s=20.0) as here:
+        await here.until(lambda: bool(here.camera))
+        assert "no such host" in here.camera and "camera.example" in here.camera
+        await here.until_seen()
+        assert here.service.sources["cam"].supervisor.status.failed_attempts["no_such_host"] == failures
+        assert here.told()[0] == ("live", "start")
+
+
+async def test_a_name_that_nobody_knows(rtsp_server: StartRtspServer, tiny_pack: Path, clips: dict[str, Path]) -> None:
+    """FFmpeg resolves what the operator names; later the camera is given by its number."""
     server = rtsp_server(clips["h264"], "--loop")
     async with yard(tiny_pack, f"rtsp://camera.invalid:{server.port}/cam") as here:
         await here.until_state(SourceState.BACKING_OFF)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from stream.api import Api
 from tests.e2e.command import Running, free_port, sightwire
 
 LIVE = "synthetic://scene?fps=25&width=64&height=36&brightness=0:0.8"
@@ -70,11 +71,11 @@ def test_what_was_added_is_there_again_after_a_kill(
     kept = tmp_path / "sources.json"
     service.wait_for(lambda said: "source a: live" in said, timeout_s=60)
     away = f"rtsp://user:{CANARY}@127.0.0.1:9/x"
+    api = Api(f"http://127.0.0.1:{port}")
     for source_id, url in {"b": LIVE, "c": LIVE, "d": LIVE, "e": away}.items():
-        added = sightwire(tmp_path, "sources", "add", source_id, url, "--wait", "0")
-        assert added.code == 0, added.err
-    assert sightwire(tmp_path, "sources", "set", "b", "--set", "hop_s=1").code == 0
-    assert sightwire(tmp_path, "sources", "rm", "c").code == 0
+        assert api.call("POST", "/v1/sources", {"id": source_id, "url": url})["kept"]
+    api.call("PATCH", "/v1/sources/b", {"hop_s": 1})
+    api.call("DELETE", "/v1/sources/c")
     service.process.kill()
     service.process.wait(30)
     assert kept.stat().st_mode & 0o777 == 0o600
@@ -88,7 +89,7 @@ def test_what_was_added_is_there_again_after_a_kill(
     try:
         again.wait_for(lambda said: "source b: live" in said, timeout_s=60)
         assert "source d: the configuration's is watched" in again.text()
-        found = {one["id"]: one for one in json.loads(sightwire(tmp_path, "sources", "list", "--json").out)}
+        found = {one["id"]: one for one in api.call("GET", "/v1/sources")}
         assert set(found) == {"a", "b", "d", "e"}
         assert found["b"]["settings"]["hop_s"] == 1.0 and found["d"]["settings"]["audio"] is False
         assert again.end().code == 0
@@ -101,7 +102,7 @@ def test_what_was_added_is_there_again_after_a_kill(
     try:
         third.wait_for(lambda said: "source a: live" in said, timeout_s=60)
         assert "sources.json cannot be read (it is no JSON): kept as " in third.text()
-        assert json.loads(sightwire(tmp_path, "sources", "show", "a", "--json").out)["state"] == "live"
+        assert [one["id"] for one in api.call("GET", "/v1/sources")] == ["a", "d"]
         assert third.end().code == 0
     finally:
         third.kill()
