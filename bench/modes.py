@@ -78,7 +78,8 @@ class Packs:
     def load(self, backbone: str, mode: Mode, ratio: int) -> LoadedPack:
         """A pack; the clip graph and that of the stages are the same for every hop."""
         plan = self._plan
-        scale = f"-{plan.width_multiplier:g}" if backbone == "stream" else ""
+        # Names of packs have no dots.
+        scale = f"-{plan.width_multiplier:g}".replace(".", "_") if backbone == "stream" else ""
         name = f"{backbone}-{mode}-{plan.size}{scale}" + (f"-{ratio}" if mode is Mode.STATEFUL else "")
         folder = self._folder / name
         if not (folder / "manifest.json").is_file():

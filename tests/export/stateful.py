@@ -38,10 +38,10 @@ def scenes(count: int, seed: int) -> NDArray[np.uint8]:
     return np.clip(np.kron(blocks, np.ones((1, 8, 8, 1))) + noise, 0, 255).astype(np.uint8)
 
 
-def small_model(*, audio: bool = False) -> tuple[FusionModel, ModelCard]:
+def small_model(*, audio: bool = False, frames: int = FRAMES) -> tuple[FusionModel, ModelCard]:
     """A settled network of few blocks, as if it had been trained."""
     torch.manual_seed(0)
-    video = VideoConfig(backbone="stream", width_multiplier=0.5, width=SIZE, height=SIZE, frames=FRAMES)
+    video = VideoConfig(backbone="stream", width_multiplier=0.5, width=SIZE, height=SIZE, frames=frames)
     config = ModelConfig(
         video=video,
         audio=AudioConfig(widths=(4, 4, 8, 8)) if audio else None,
