@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -113,13 +114,13 @@ def _load_chosen(
     folder: Path, manifest: Manifest, choice: Mapping[str, Candidate], options: EngineOptions
 ) -> dict[str, Engine]:
     engines: dict[str, Engine] = {}
-    try:
+    with ExitStack() as loaded:
         for graph in manifest.graphs:
             backend, precision = choice[graph.name]
             wanted = replace(options, precision=precision)
-            engines[graph.name] = backends.load(folder / graph.file, manifest.name, graph, backend, wanted)
-    except BaseException:
-        for engine in engines.values():
-            engine.close()
-        raise
+            engine = backends.load(folder / graph.file, manifest.name, graph, backend, wanted)
+            loaded.callback(engine.close)
+            engines[graph.name] = engine
+        # All are there: they stay open.
+        loaded.pop_all()
     return engines
