@@ -84,7 +84,12 @@ def _row(one: dict[str, Any]) -> list[str]:
 
 def _state(one: dict[str, Any]) -> str:
     """The state in its colour."""
-    return f"[{_COLOURS.get(one['state'], 'yellow')}]{escape(one['state'])}[/]"
+    return f"[{_COLOURS.get(one['state'], 'yellow')}]{escape(one['state'].replace('_', ' '))}[/]"
+
+
+def _cause(one: dict[str, Any]) -> str:
+    """What was wrong, without the name where that has been said."""
+    return escape(one["cause"].removeprefix(f"source {one['id']}: "))
 
 
 def _duration(seconds: float) -> str:
@@ -115,11 +120,12 @@ def _details(one: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if one["next_retry_s"] is not None:
         yield "next try", f"in {one['next_retry_s']:.1f} s"
     if one["cause"]:
-        yield "last failure" if one["state"] == "live" else "cause", escape(one["cause"])
+        yield "last failure" if one["state"] == "live" else "cause", _cause(one)
     for name in ("reconnects", "failed_attempts", "frames"):
         counts = {what: count for what, count in one[name].items() if count}
         if counts:
-            yield name.replace("_", " "), ", ".join(f"{count} {escape(what)}" for what, count in counts.items())
+            told = ", ".join(f"{count} {what}" for what, count in counts.items())
+            yield name.replace("_", " "), escape(told.replace("_", " "))
     if one["av_skew_s"] is not None:
         yield "picture before sound", f"{one['av_skew_s'] * 1000:.0f} ms"
     defaults = SourceSettings.model_construct(None, id="", url=SecretStr("")).model_dump(mode="json")
@@ -182,7 +188,7 @@ def _tell(said: dict[str, Any]) -> None:
     failing = bool(said["cause"]) and said["state"] != "live"
     out.print(f"source {escape(said['id'])}: {_state(said)}{'; it is tried again' if said['next_retry_s'] else ''}")
     if failing:
-        out.print(f"  {escape(said['cause'])}")
+        out.print(f"  {_cause(said)}")
 
 
 def settings_in(given: list[str] | None) -> dict[str, Any]:

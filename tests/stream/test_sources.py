@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import socket
 import threading
@@ -21,6 +22,7 @@ from stream.packs import load_packs
 from stream.service import Service
 from stream.settings import load_settings
 from stream.source_settings import SourceSettings
+from stream.source_store import SourceStore
 from stream.sources import SourceBusy
 from tests.stream.test_service import Collector
 
@@ -49,11 +51,13 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def serving(tiny_pack: Path, home: Path, **more: Any) -> AsyncIterator[Running]:
+async def serving(tiny_pack: Path, home: Path, store: SourceStore | None = None, **more: Any) -> AsyncIterator[Running]:
     given = {"packs": [{"name": str(tiny_pack), "backend": "onnxruntime"}], "stay": True, **more}
     settings = load_settings(None, given)
     collector, clock = Collector(), SystemClock()
     service = Service(settings, load_packs(settings, home), collector, clock)
+    if store is not None:
+        service.sources.keep_in(store, store.open())
     app = create_app(
         settings.http,
         service.metrics.registry,
@@ -299,6 +303,55 @@ async def test_there_is_room_for_so_many_and_no_more(tiny_pack: Path, tmp_path: 
         assert "2 sources are watched already" in add[1].json()["detail"] and "is there already" in add[2].text
         await run.client.delete("/v1/sources/a")
         assert (await run.client.post("/v1/sources", json={"id": "c", "url": LIVE})).status_code == 201
+
+
+async def test_what_is_kept_is_what_the_api_has_made_of_it(tiny_pack: Path, tmp_path: Path) -> None:
+    path = tmp_path / "sources.json"
+    files = [{"id": "file", "url": LIVE}, {"id": "both", "url": LIVE}]
+    store = SourceStore(path)
+    async with serving(tiny_pack, tmp_path, store, sources=files[:1]) as run:
+        for source_id in ("a", "b", "both"):
+            added = await run.client.post("/v1/sources", json={"id": source_id, "url": LIVE})
+            assert added.json()["kept"] is True
+        assert len(kept_in(path)) == 3, "the answer comes when it is on disk"
+        await run.client.patch("/v1/sources/a", json={"packs": ["tiny"], "audio": False})
+        assert kept_in(path)["a"]["audio"] is False
+        await run.client.patch("/v1/sources/file", json={"audio": False})
+        await run.client.delete("/v1/sources/b")
+        assert set(kept_in(path)) == {"a", "both"}
+        # From here on it is the file's.
+        await run.service.follow(load_settings(None, {"sources": files}))
+        await run.service.sources.kept()
+        assert set(kept_in(path)) == {"a"}
+    store.close()
+
+
+async def test_one_that_cannot_be_watched_any_more_is_left_out_and_can_be_removed(
+    tiny_pack: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "sources.json"
+    entries = [
+        {"id": "a", "url": LIVE, "packs": ["gone"]},
+        {"id": "b", "url": LIVE},
+        {"id": "c", "url": "rtsp://127.0.0.1/x"},
+    ]
+    path.write_text(json.dumps({"version": 1, "sources": entries}))
+    store = SourceStore(path)
+    async with serving(tiny_pack, tmp_path, store) as run:
+        await run.until("b", "live")
+        assert list(run.service.sources) == ["b"]
+        assert "source a, added through the API earlier, is left out: " in caplog.text
+        assert "source c, added through the API earlier, is left out: url: 127.0.0.1 may not" in caplog.text
+        assert set(kept_in(path)) == {"a", "b", "c"}
+        assert (await run.client.delete("/v1/sources/a")).status_code == 204
+        assert (await run.client.delete("/v1/sources/a")).status_code == 404
+        assert (await run.client.post("/v1/sources", json={"id": "c", "url": LIVE})).status_code == 201
+        assert kept_in(path) == {"b": entries[1], "c": {"id": "c", "url": LIVE}}
+    store.close()
+
+
+def kept_in(path: Path) -> dict[str, Any]:
+    return {entry["id"]: entry for entry in json.loads(path.read_text())["sources"]}
 
 
 async def test_a_source_of_the_file_may_be_changed_but_not_given_another_address_as_trusted(
