@@ -46,12 +46,12 @@ class MediaPatience(Patience):
 
     def wait_more(self) -> bool:
         """See ``Patience``."""
+        if self._stats.packets != self._packets:
+            # From the first read after a packet: what handles packets may take its time, or wait for theirs.
+            self._start()
         if not super().wait_more():
             return False
-        if self._stats.packets != self._packets:
-            # From the first read after a packet: what handles packets may take its time.
-            self._start()
-        elif time.monotonic() - self._asked_s >= self._limit_s:
+        if time.monotonic() - self._asked_s >= self._limit_s:
             self.fail(self._fails(self._late))
         elif self._bytes > MEDIA_BYTES:
             detail = f"{MEDIA_BYTES >> 20} MiB came without media in them; check what the address leads to"
@@ -59,4 +59,5 @@ class MediaPatience(Patience):
         return not self.over
 
     def _start(self) -> None:
+        self.got_data()
         self._packets, self._asked_s, self._bytes = self._stats.packets, time.monotonic(), 0

@@ -40,7 +40,7 @@ def watch() -> Iterator[Callable[..., Live]]:
     started: list[Live] = []
 
     def start(url: str, **settings: object) -> Live:
-        values: dict[str, object] = {"id": "cam", "url": url, "stall_timeout_s": 2.0, "open_timeout_s": 10.0}
+        values: dict[str, object] = {"id": "cam", "url": url, "stall_timeout_s": 20.0, "open_timeout_s": 20.0}
         source = open_source(SourceSettings.model_validate(values | settings), EVERY_FRAME, 16_000, SystemClock())
         started.append(Live(source))
         return started[-1]
@@ -80,11 +80,11 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_step(run: Run) -> None:
     """All of the clip arrived, with flash and beep at one time."""
     check_grammar(run.items)
+    assert run.error is not None and run.error.reason == Failure.ENDED, run.error
     assert abs(loudness_onset_ns(run.of(AudioChunk)) - brightness_onset_ns(run.of(Frame))) <= 25 * MS
     assert len(run.of(Frame)) >= 70
     assert run.source.stats.corrupt_packets == 0
     assert len(run.of(EpochStart)) == 1
-    assert run.error is not None and run.error.reason == Failure.ENDED
 
 
 def encrypted(data: bytes, iv: bytes, key: bytes = KEY) -> bytes:
@@ -103,6 +103,7 @@ def serve_encrypted(server: HttpServer, parts: Path, line: str, iv_of: Callable[
     server.answers["/key"] = partial(content, data=KEY)
 
 
+GENEROUS_S = 60.0
 IV = bytes(range(100, 116))
 
 
@@ -114,7 +115,7 @@ def test_segments_encrypted_by_aes_128(
     server: HttpServer, watch: Callable[..., Live], parts: Path, line: str, iv_of: Callable[[int], bytes]
 ) -> None:
     serve_encrypted(server, parts, line, iv_of)
-    run = watch(server.url("/live.m3u8")).join(30)
+    run = watch(server.url("/live.m3u8")).join(GENEROUS_S)
     in_step(run)
     assert len([path for path in server.paths() if path.startswith("/key")]) == 1
 
@@ -130,7 +131,7 @@ def test_keys_may_change_and_encryption_may_end(server: HttpServer, watch: Calla
     text = re.sub("#EXTINF", lambda _: f"#EXT-X-KEY:{next(keys)}\n#EXTINF", (parts / "live.m3u8").read_text())
     server.answers |= {"/live.m3u8": partial(content, data=text.encode())}
     server.answers |= {"/a": partial(content, data=KEY), "/b": partial(content, data=other)}
-    in_step(watch(server.url("/live.m3u8")).join(30))
+    in_step(watch(server.url("/live.m3u8")).join(GENEROUS_S))
 
 
 @pytest.mark.parametrize(("answer", "says"), [
@@ -145,7 +146,7 @@ def test_without_its_key_a_source_says_so(
 ) -> None:
     serve_encrypted(server, parts, '#EXT-X-KEY:METHOD=AES-128,URI="key"', lambda _: IV)
     server.answers["/key"] = answer
-    run = watch(server.url("/live.m3u8")).join(30)
+    run = watch(server.url("/live.m3u8")).join(GENEROUS_S)
     assert run.error is not None and says in str(run.error)
     assert run.of(Frame) == []
 
@@ -153,7 +154,7 @@ def test_without_its_key_a_source_says_so(
 def test_another_key_gives_nothing_but_damage(server: HttpServer, watch: Callable[..., Live], parts: Path) -> None:
     serve_encrypted(server, parts, '#EXT-X-KEY:METHOD=AES-128,URI="key"', lambda _: IV)
     server.answers["/key"] = partial(content, data=KEY[::-1])
-    run = watch(server.url("/live.m3u8")).join(30)
+    run = watch(server.url("/live.m3u8")).join(GENEROUS_S)
     assert run.error is not None
     assert run.of(Frame) == []
 
@@ -163,7 +164,7 @@ def test_other_encryption_is_refused_in_one_line(
     server: HttpServer, watch: Callable[..., Live], parts: Path, method: str
 ) -> None:
     serve_encrypted(server, parts, f'#EXT-X-KEY:METHOD={method},URI="key"', lambda _: IV)
-    run = watch(server.url("/live.m3u8")).join(30)
+    run = watch(server.url("/live.m3u8")).join(GENEROUS_S)
     assert run.error is not None and run.error.reason == Failure.NO_STREAM
     assert "only AES-128 is understood" in str(run.error) and "\n" not in str(run.error)
     assert not run.error.retryable
@@ -190,7 +191,7 @@ def test_other_containers_and_parts_of_files(
     text = (folder / "live.m3u8").read_text()
     assert ("#EXT-X-MAP" in text) == ("fmp4" in options.values())
     assert ("#EXT-X-BYTERANGE" in text) == ("single_file" in options.values())
-    in_step(watch(server.url("/live.m3u8")).join(30))
+    in_step(watch(server.url("/live.m3u8")).join(GENEROUS_S))
 
 
 def test_a_server_without_ranges_is_told_of(
@@ -205,7 +206,7 @@ def test_a_server_without_ranges_is_told_of(
     server.folder(folder)
     for file in folder.glob("*.ts"):
         server.answers[f"/{file.name}"] = partial(whole, data=file.read_bytes())
-    run = watch(server.url("/live.m3u8")).join(30)
+    run = watch(server.url("/live.m3u8")).join(GENEROUS_S)
     # The first segment begins where the file does; the others would hold the wrong bytes, and are gaps.
     assert run.source.stats.corrupt_packets >= 2
     assert max(frame.pts_ns for frame in run.of(Frame)) - min(frame.pts_ns for frame in run.of(Frame)) < 1100 * MS
@@ -220,7 +221,7 @@ def test_a_discontinuity_begins_another_epoch(
     text = (parts / "live.m3u8").read_text()
     more = "#EXT-X-DISCONTINUITY\n#EXTINF:1.0,\nother.ts\n#EXT-X-ENDLIST"
     server.answers["/live.m3u8"] = partial(content, data=text.replace("#EXT-X-ENDLIST", more).encode())
-    run = watch(server.url("/live.m3u8")).join(30)
+    run = watch(server.url("/live.m3u8")).join(GENEROUS_S)
     assert [start.epoch for start in run.of(EpochStart)] == [0, 1]
     assert len([frame for frame in run.of(Frame) if frame.epoch == 1]) >= 20
 
@@ -233,4 +234,4 @@ def test_what_is_relative_after_a_redirect_is_relative_to_where_it_led(
     server.answers["/go/live.m3u8"] = partial(redirect, to="/far/away/live.m3u8")
     for file in parts.iterdir():
         server.answers[f"/far/away/{file.name}"] = partial(content, data=file.read_bytes())
-    in_step(watch(server.url("/master.m3u8")).join(30))
+    in_step(watch(server.url("/master.m3u8")).join(GENEROUS_S))
