@@ -178,7 +178,7 @@ async def test_a_service_runs_what_can_be_run_and_shows_the_rest(
     service = Service(settings, load_packs(settings, tmp_path), collector, SystemClock())
     router = packs_router(lambda: service.packs, lambda: list(service.failed_packs.values()), service.swaps)
     app = create_app(settings.http, service.metrics.registry, service.ready.is_set, [router])
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(180):
         assert await service.run() == []
     assert service.metrics.views.windows == {("tiny", "ok"): 21 + 12}
     assert len(collector.facts("both")) > 5 and collector.facts("only") == []

@@ -37,7 +37,7 @@ class Running:
         self.service, self.collector, self.client = service, collector, client
 
     async def until(self, source_id: str, state: str) -> dict[str, Any]:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(180):
             while True:
                 found: dict[str, Any] = (await self.client.get(f"/v1/sources/{source_id}")).json()
                 if found.get("state") == state:
@@ -45,7 +45,7 @@ class Running:
                 await asyncio.sleep(0.02)
 
     async def until_windows(self, count: int) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(180):
             while sum(self.service.metrics.views.windows.values()) < count:  # noqa: ASYNC110 - counts tell nobody
                 await asyncio.sleep(0.02)
 
@@ -72,7 +72,7 @@ async def serving(tiny_pack: Path, home: Path, store: SourceStore | None = None,
             yield Running(service, collector, client)
         finally:
             service.stop()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(180):
                 await running
 
 

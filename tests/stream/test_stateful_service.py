@@ -50,7 +50,7 @@ async def run(settings: Settings, home: Path) -> tuple[Service, Collector, Sourc
     collector = Collector()
     service = Service(settings, load_packs(settings, home), collector, SystemClock())
     (memory,) = (generation.store for generation in service._generations.values())
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(180):
         assert await service.run() == []
     return service, collector, memory
 
@@ -87,7 +87,7 @@ async def test_a_pack_with_states_beside_one_without(tiny_pack: Path, tiny_state
     settings = load_settings(None, {"sources": sources, "packs": packs})
     collector = Collector()
     service = Service(settings, load_packs(settings, tmp_path), collector, SystemClock())
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(180):
         assert await service.run() == []
     assert service.metrics.views.windows == {("tiny-stateful", "ok"): WINDOWS, ("tiny", "ok"): WINDOWS + 12}
     told = {event.data["pack"]["name"] for event in collector.events if event.subject == "bright"}

@@ -42,7 +42,7 @@ class Running:
 
     async def outcome(self, name: str = "tiny") -> dict[str, Any]:
         """The swap's report, once it is over."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(180):
             while True:
                 found: dict[str, Any] = (await self.client.get(f"/v1/packs/{name}/swap")).json()
                 if found["phase"] in ("done", "rolled_back"):
@@ -57,14 +57,14 @@ class Running:
 
     async def told(self, subject: str) -> None:
         """Until there is an event of it."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(180):
             await self.collector.wait_for(subject)
 
     async def more_windows(self, count: int) -> None:
         """Until so many more have been computed."""
         windows = self.service.metrics.views.windows
         enough = sum(windows.values()) + count
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(180):
             while sum(windows.values()) < enough:  # noqa: ASYNC110 - counts tell nobody
                 await asyncio.sleep(0.02)
 
@@ -99,7 +99,7 @@ async def serving(pack: Path, *, url: str = ENDLESS, pace: str = "fast", **more:
             yield Running(service, collector, client)
         finally:
             service.stop()
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(180):
                 await running
     assert service.ledger.unbalanced() == {}
 
@@ -171,7 +171,7 @@ async def test_a_running_event_goes_on_over_the_cut(tiny_pack: Path, tmp_path: P
         collector = Held("bright")
         service = Service(settings, load_packs(settings, tmp_path), collector, SystemClock())
         running = asyncio.create_task(service.run())
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(180):
             await collector.held.wait()
             if swap:
                 begun = await service.swaps.begin("tiny", swapping.SwapRequest(pack="night", compare_s=0))
@@ -204,7 +204,7 @@ async def test_live_windows_are_neither_lost_nor_doubled(tiny_pack: Path) -> Non
     async with serving(tiny_pack, pace="realtime", events=every) as s:
         await s.told("bright")
         assert (await s.swapped(pack="night", compare_s=1))["phase"] == "done"
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(180):
             while not any(e.subject == "bright" and e.data["pack"]["name"] == "night" for e in s.collector.events):
                 s.collector.came.clear()
                 await s.collector.came.wait()
@@ -331,7 +331,7 @@ async def test_a_second_swap_waits_its_turn_and_the_end_of_the_service_ends_one(
         assert (await s.swap(pack="night", compare_s=3600)).status_code == 202
         refused = await s.swap(pack="night")
         assert refused.status_code == 409 and "is being swapped already" in refused.json()["detail"]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(180):
             while (await s.pack())["state"] != "comparing":  # noqa: ASYNC110 - as a client does it
                 await asyncio.sleep(0.02)
         assert (await s.pack())["pack"]["name"] == "tiny"
@@ -452,7 +452,7 @@ async def test_nothing_is_kept_of_a_source_that_ended_while_packs_were_compared(
     collector = Held("bright")
     service = Service(settings, load_packs(settings, tmp_path), collector, SystemClock())
     running = asyncio.create_task(service.run())
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(180):
         await collector.held.wait()
         begun = await service.swaps.begin("tiny", swapping.SwapRequest(pack="night", compare_s=3))
         while begun.phase is not swapping.SwapPhase.COMPARING:  # noqa: ASYNC110 - a swap's state tells nobody

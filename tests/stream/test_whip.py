@@ -53,11 +53,13 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def serving(tiny_pack: Path, home: Path, *sources: dict[str, Any], **more: Any) -> AsyncIterator[Running]:
+async def serving(
+    tiny_pack: Path, home: Path, *sources: dict[str, Any], stall_s: float = 60.0, **more: Any
+) -> AsyncIterator[Running]:
     given = {
         "packs": [{"name": str(tiny_pack), "backend": "onnxruntime"}],
         "stay": True,
-        "sources": [{"id": "cam", "url": "webrtc:", "stall_timeout_s": 2}, *sources],
+        "sources": [{"id": "cam", "url": "webrtc:", "stall_timeout_s": stall_s}, *sources],
         **more,
     }
     settings = load_settings(None, given)
@@ -75,7 +77,7 @@ async def serving(tiny_pack: Path, home: Path, *sources: dict[str, Any], **more:
             yield Running(service, collector, client, whip)
         finally:
             service.stop()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(180):
                 await running
             await whip.aclose()
     assert service.ledger.unbalanced() == {}
@@ -120,11 +122,11 @@ async def test_a_publisher_becomes_windows_and_leaves_by_delete(tiny_pack: Path,
         assert status.reconnects == {"ended": 2} and "the publisher has ended it" in status.cause
         told = [(e.subject, e.data["phase"]) for e in run.collector.events if e.kind == "source"]
         assert told == [("live", "start"), ("lost", "end")] * 2
-        assert run.whip.count == 0
+        await until(lambda: run.whip.count == 0)
 
 
 async def test_a_publisher_that_vanishes_is_noticed(tiny_pack: Path, tmp_path: Path, clip: Path) -> None:
-    async with serving(tiny_pack, tmp_path) as run, publishing(clip) as peer:
+    async with serving(tiny_pack, tmp_path, stall_s=3.0) as run, publishing(clip) as peer:
         assert (await run.publish(peer)).status_code == 201
         await until(lambda: run.state() is SourceState.LIVE)
         # As if its cable was pulled: nothing is sent any more, not even a goodbye.
@@ -271,7 +273,8 @@ async def test_nothing_is_left_of_sessions(tiny_pack: Path, tmp_path: Path, clip
                     assert (await run.client.delete(answer.headers["location"])).status_code == 200
             await until(lambda: run.whip.count == 0 and run.state() is SourceState.CONNECTING)
             counts.append(left())
-        assert counts[-1] == counts[0]
+        # What ends does so in its own time.
+        await until(lambda: all(now <= first for now, first in zip(left(), counts[0], strict=True)))
 
 
 def test_media_is_received_where_http_listens_unless_told_otherwise() -> None:

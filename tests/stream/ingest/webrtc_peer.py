@@ -18,7 +18,7 @@ def over_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aioice.ice.get_host_addresses", lambda use_ipv4, use_ipv6: ["127.0.0.1"])
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 180) -> None:
     """Wait for what must come true."""
     async with asyncio.timeout(timeout_s):
         while True:
