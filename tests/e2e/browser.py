@@ -62,7 +62,7 @@ class Publisher:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 
-    def wait_for(self, what: str, timeout_s: float = 40) -> None:
+    def wait_for(self, what: str, timeout_s: float = 180) -> None:
         """Until the page has said it; its errors end the wait."""
         with self.changed:
             heard = self.changed.wait_for(lambda: any(s.startswith((what, "error")) for s in self.said), timeout_s)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "stream.cli"]
+PATIENCE_S = 180.0
+"""For anything that has to happen; machines may be slow, and only a test that fails waits so long."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def environment(home: Path) -> dict[str, str]:
     return {**os.environ, "SIGHTWIRE_HOME": str(home), "COLUMNS": "300", "PYTHONUNBUFFERED": "1"}
 
 
-def sightwire(home: Path, *arguments: str, timeout_s: float = 60) -> Done:
+def sightwire(home: Path, *arguments: str, timeout_s: float = PATIENCE_S) -> Done:
     """Run to the end."""
     done = subprocess.run(
         [*COMMAND, *arguments], cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=timeout_s
@@ -79,7 +81,7 @@ class Running:
         with self._told:
             return "".join(self._lines[name])
 
-    def wait_for(self, ready: Callable[[str], bool], name: str = "err", timeout_s: float = 30) -> str:
+    def wait_for(self, ready: Callable[[str], bool], name: str = "err", timeout_s: float = PATIENCE_S) -> str:
         """Until ``ready`` is true of what it has printed."""
         deadline = time.monotonic() + timeout_s
         with self._told:
@@ -91,13 +93,13 @@ class Running:
                 self._told.wait(min(left, 0.2))
             return "".join(self._lines[name])
 
-    def end(self, timeout_s: float = 30) -> Done:
+    def end(self, timeout_s: float = PATIENCE_S) -> Done:
         """Ctrl-C (SIGINT), then what it left behind."""
         if self.process.poll() is None:
             self.process.send_signal(2)
         code = self.process.wait(timeout_s)
         for reader in self._readers:
-            reader.join(10)
+            reader.join(PATIENCE_S)
         err = self.text("err")
         assert "Traceback" not in err, err
         return Done(code, self.text("out"), err)
