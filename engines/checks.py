@@ -89,9 +89,10 @@ def check_outputs(spec: EngineSpec, outputs: Tensors) -> None:
     """Raise ``InferenceError`` when a float output holds NaN or infinity."""
     for name, array in outputs.items():
         if array.dtype.kind == "f" and not _finite(array):
+            other = "export the pack again" if spec.precision == "fp32" else "try precision fp32"
             raise InferenceError(
                 f"pack {spec.pack}: graph {spec.graph}: output {name} holds NaN or infinity on {spec.backend} "
-                f"{spec.precision}; check the input, or try precision fp32"
+                f"{spec.precision}; check the input, or {other}"
             )
 
 

@@ -358,13 +358,13 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except FileNotFoundError:
         raise PackNotFound(f"no pack at {folder}: it has no {MANIFEST_FILE}; run `sightwire export`") from None
     except OSError as error:
         raise PackNotFound(f"cannot read {path}: {error.strerror}") from error
     try:
-        return Manifest.model_validate_json(text)
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"

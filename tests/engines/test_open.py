@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from engines import auto, backends
+from engines.backends import EngineOptions
 from engines.errors import (
     BackendUnavailable,
     EngineError,
@@ -20,11 +21,12 @@ from engines.errors import (
     PackIntegrityError,
     PackNotFound,
 )
-from engines.manifest import Manifest, TensorSpec, read_manifest, write_manifest
+from engines.manifest import GraphSpec, Manifest, TensorSpec, read_manifest, write_manifest
 from engines.measure import random_batch
 from engines.open import find_pack, open_pack
 from engines.parity import merged, read_parity
 from engines.tinypack import REFERENCES
+from engines.types import Engine
 
 Rehash = Callable[[str], Manifest]
 ON_CPU = ("onnxruntime", "openvino")
@@ -324,3 +326,29 @@ def test_a_cache_that_cannot_be_written_only_costs_time(
     blocked.write_text("in the way")
     assert open_pack(tiny, cache=blocked).backend == "onnxruntime"
     assert "it is measured again next time" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[]", b"\x80\x04}."], ids=repr)
+def test_a_manifest_that_is_no_manifest_is_one_line(tiny: Path, content: bytes) -> None:
+    """Text of another encoding and a pickle too."""
+    (tiny / "manifest.json").write_bytes(content)
+    with pytest.raises(ManifestError, match=r"manifest.json: .*; export the pack again$") as caught:
+        open_pack(tiny)
+    assert "\n" not in str(caught.value)
+
+
+def test_engines_are_closed_where_a_later_graph_fails(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pack is opened whole or not at all; an interrupt counts as a failure too."""
+    load, closed = backends.load, list[str]()
+
+    def loaded(path: Path, pack: str, graph: GraphSpec, backend: str, options: EngineOptions) -> Engine:
+        if graph.name == "watch_window":
+            raise KeyboardInterrupt
+        engine = load(path, pack, graph, backend, options)
+        monkeypatch.setattr(engine, "close", lambda: closed.append(graph.name))
+        return engine
+
+    monkeypatch.setattr(backends, "load", loaded)
+    with pytest.raises(KeyboardInterrupt):
+        open_pack(tiny, backend="onnxruntime")
+    assert closed == ["watch_encoder"]
