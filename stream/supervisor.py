@@ -148,7 +148,8 @@ class Supervisor:
                 self._set(SourceState.CONNECTING)
                 self.status.attempts += 1
                 error = await self._attempt()
-                if not self._stop.is_set() and not self._on():
+                # Its end was asked for even if the schedule is on again: clocks are set, and ending takes a while.
+                if not self._stop.is_set() and (self._end_attempt.is_set() or not self._on()):
                     continue
                 if error is None or self._stop.is_set():
                     break

@@ -220,6 +220,30 @@ async def test_a_schedule_ends_the_connection_and_begins_it_again(monkeypatch: p
     assert harness.supervisor.status.reconnects == {} and harness.states[-1] is SourceState.ENDED
 
 
+async def test_a_schedule_that_is_on_again_before_the_connection_has_ended_ends_no_source(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when the clock is set back at the end of the hours."""
+    monkeypatch.setattr("stream.supervisor.SCHEDULE_S", 0.01)
+    on = True
+
+    def watched(emit: Emit, stop: StopFlag, epoch: int) -> None:
+        nonlocal on
+        emit(start(epoch))
+        on = False
+        assert stop.wait(20)
+        on = True
+
+    def ends(emit: Emit, stop: StopFlag, epoch: int) -> None:
+        return
+
+    harness = Harness(watched, ends, scheduled=lambda: on)
+    items = await harness.run()
+    assert harness.opened == [0, 1]
+    assert [item.reason for item in items if isinstance(item, EpochEnd)] == ["paused"]
+    assert harness.supervisor.status.reconnects == {}
+
+
 @pytest.mark.parametrize("persistent", [False, True])
 async def test_a_camera_that_was_live_is_tried_again_whatever_is_wrong(
     monkeypatch: pytest.MonkeyPatch, persistent: bool
