@@ -102,6 +102,7 @@ class Ledger:
         """All drops by stage and reason, summed over sources."""
         total = self._forgotten.copy()
         for (_, stage), hop in list(self.hops.items()):
-            for reason, count in hop.dropped.items():
+            # A copy: threads of sources drop for new reasons meanwhile.
+            for reason, count in list(hop.dropped.items()):
                 total[stage, reason] += count
         return total

@@ -42,3 +42,18 @@ def test_what_a_forgotten_source_dropped_still_counts() -> None:
     ledger.forget("a")
     assert set(ledger.hops) == {("b", "channel")}
     assert ledger.dropped() == {("channel", "overflow"): 5}
+
+
+def test_drops_are_summed_while_a_thread_drops_for_a_new_reason() -> None:
+    ledger = Ledger()
+    hop = ledger.hop("cam", "channel")
+
+    class Looked(str):
+        """A reason that is looked at as another thread gets its turn."""
+
+        def __hash__(self) -> int:
+            hop.drop(f"another {len(hop.dropped)}")
+            return super().__hash__()
+
+    dict.__setitem__(hop.dropped, Looked("overflow"), 1)
+    assert ledger.dropped()["channel", "overflow"] == 1
