@@ -21,6 +21,8 @@ WAITING_LIMIT = 1024
 """Packets that may wait for a missing one."""
 JUMP = 3000
 """Sequence numbers further apart than this are another sequence."""
+PICTURE_BYTES = 4 << 20
+"""Longest picture: one that never ends may not fill the memory."""
 KEY_ASKED_NS = 500 * NS_PER_MS
 """How often a key frame is asked for."""
 
@@ -93,6 +95,8 @@ class PacketOrder:
     _numbers: Unwrapped = field(default_factory=lambda: Unwrapped(16))
     _next: int | None = None
     _waiting: dict[int, _Waiting] = field(default_factory=dict)
+    _broken: bool = False
+    """Whether another sequence has begun: what lies between the two is missing."""
 
     def add(self, packet: MediaPacket, now_ns: int) -> list[tuple[MediaPacket, int, bool]]:
         """Take a packet; returns those whose turn it is, with their arrival and whether some before are missing."""
@@ -107,7 +111,7 @@ class PacketOrder:
             self.late += 1
             return []
         self._waiting[number] = _Waiting(packet, now_ns)
-        ready = self._in_turn(False)
+        ready, self._broken = self._in_turn(self._broken), False
         while self._waiting and self._given_up(now_ns):
             following = min(self._waiting)
             self.lost += following - self._next
@@ -118,7 +122,7 @@ class PacketOrder:
     def _restart(self) -> None:
         self.late += len(self._waiting)
         self._waiting.clear()
-        self._next, self._numbers = None, Unwrapped(16)
+        self._next, self._numbers, self._broken = None, Unwrapped(16), True
 
     def _given_up(self, now_ns: int) -> bool:
         oldest_ns = min(waiting.arrival_ns for waiting in self._waiting.values())
@@ -162,6 +166,7 @@ class VideoFrames:
         self._hop = hop
         self.order = PacketOrder(VIDEO_WAIT_NS)
         self._parts: list[MediaPacket] = []
+        self._bytes = 0
         self._damaged = False
         self._needs_key = True
         self._asked_ns: int | None = None
@@ -188,15 +193,24 @@ class VideoFrames:
                 # What is missing may belong to either.
                 self._damaged |= gap
             if ready.data:
-                self._parts.append(ready)
+                self._keep(ready)
             if ready.marker:
                 frames += self._complete(arrival_ns)
         return frames
 
+    def _keep(self, part: MediaPacket) -> None:
+        self._bytes += len(part.data)
+        if self._bytes > PICTURE_BYTES:
+            # Its first part stays: it tells where the next picture begins.
+            self._damaged = True
+            del self._parts[1:]
+        else:
+            self._parts.append(part)
+
     def _complete(self, arrival_ns: int) -> list[EncodedFrame]:
         if not self._parts:
             return []
-        parts, self._parts = self._parts, []
+        parts, self._parts, self._bytes = self._parts, [], 0
         damaged, self._damaged = self._damaged, False
         self._needs_key |= damaged
         self._hop.entered += 1

@@ -109,9 +109,9 @@ def test_padding_and_another_sequence_harm_nothing() -> None:
     done = feed(frames, [*picture(0, 1, 2, key=True), padding, *picture(1, 4, 1)])
     assert len(done) == 2
     done = feed(frames, picture(2, 30_000, 1) + picture(3, 30_001, 1, key=True), from_ms=1_000)
-    assert [frame.timestamp for frame in done] == [2 * 3600, 3 * 3600]
+    assert [frame.timestamp for frame in done] == [3 * 3600]
     assert frames.add(MediaPacket(30_002, 9, True, 77, 1, b"x"), 2_000 * MS) == []
-    assert frames._hop.dropped == {"unknown_codec": 1}
+    assert frames._hop.dropped == {"packets_lost": 1, "unknown_codec": 1}
 
 
 def test_memory_is_bounded_when_a_packet_never_comes() -> None:
@@ -120,6 +120,26 @@ def test_memory_is_bounded_when_a_packet_never_comes() -> None:
     for n in range(3000):
         frames.add(MediaPacket((5 + n) % 65536, 7, False, 96, 1, b"x"), 0)
         assert len(frames.order._waiting) <= 1025
+
+
+def test_memory_is_bounded_when_a_picture_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stream.ingest.webrtc_frames.PICTURE_BYTES", 1000)
+    frames = video()
+    assert not feed(frames, [MediaPacket(n, 7, False, 96, 1, b"\0" * 100) for n in range(500)])
+    assert sum(len(part.data) for part in frames._parts) <= 1000
+    done = feed(frames, picture(1, 500, 1) + picture(2, 501, 2, key=True), from_ms=5_000)
+    assert [frame.timestamp for frame in done] == [2 * 3600]
+    assert frames._hop.dropped == {"packets_lost": 1, "no_key_frame": 1}
+
+
+def test_after_a_long_outage_nothing_is_decoded_until_a_key_frame() -> None:
+    frames = video()
+    done = feed(frames, [*picture(0, 1, 1, key=True), *picture(1, 2, 1)])
+    done += feed(frames, [*picture(500, 5_000, 2), *picture(501, 5_002, 1)], from_ms=20_000)
+    assert [frame.timestamp // 3600 for frame in done] == [0, 1], "what refers to lost pictures"
+    assert frames.asks_for_key(21_000 * MS)
+    done = feed(frames, picture(502, 5_003, 1, key=True) + picture(503, 5_004, 1), from_ms=21_000)
+    assert [frame.timestamp // 3600 for frame in done] == [502, 503]
 
 
 def test_sound_goes_on_without_what_is_lost() -> None:
