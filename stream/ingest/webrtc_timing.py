@@ -102,8 +102,11 @@ class TrackClock:
         return self._own_ns(self._ticks.peek(timestamp))
 
     def report(self, ntp: int, timestamp: int) -> None:
-        """A sender report came: at that NTP time its clock stood at this timestamp. None counts before media."""
-        if self._ticks.newest is None:
+        """A sender report came: at that NTP time its clock stood at this timestamp. None counts before media.
+
+        A sender without a clock reports 0 (RFC 3550, 6.4.1), which ties nothing together.
+        """
+        if self._ticks.newest is None or not ntp:
             return
         wall_ns = ntp_to_unix_ns(ntp)
         offset_ns, reported = wall_ns - self.own_ns(timestamp), self._reported

@@ -115,6 +115,16 @@ def test_a_clock_that_is_set_is_followed() -> None:
     assert abs((clock.wall_offset_ns() or 0) - (UTC_S + 55) * NS_PER_S) < MS
 
 
+def test_a_sender_without_a_clock_is_timed_by_arrival() -> None:
+    video, audio = Sender(90_000, 0, 20), Sender(48_000, 0, 20)
+    clock = play(video, audio, seconds=4, report_at_s=None)
+    assert clock.video is not None and clock.audio is not None
+    clock.video.report(0, video.stamp(NS_PER_S))
+    clock.audio.report(0, audio.stamp(3 * NS_PER_S))
+    apart_ns = clock.audio_pts_ns(audio.stamp(3 * NS_PER_S)) - clock.video_pts_ns(video.stamp(3 * NS_PER_S))
+    assert abs(apart_ns) < MS and clock.wall_offset_ns() is None
+
+
 def test_what_is_said_now_belongs_to_what_is_captured_now() -> None:
     clock = MediaClock()
     assert clock.now_ns(5) is None
