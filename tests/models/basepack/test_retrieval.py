@@ -265,3 +265,23 @@ def test_broken_heads_are_named(tmp_path: Path) -> None:
     HashedWords().save(tmp_path)
     with pytest.raises(WeightsError, match=r"retrieval\.safetensors is not retrieval heads"):
         load_heads(tmp_path)
+
+
+def test_the_shipped_heads_beat_their_baseline() -> None:
+    weights = Path(captions.__file__).parents[1] / "weights" / "base"
+    figures = json.loads((weights / "metrics.json").read_text())
+    assert figures["retrieval_r1"] > figures["retrieval_r1_baseline"]
+    assert figures["retrieval_r5"] > figures["retrieval_r5_baseline"]
+    assert set(load_heads(weights)) == {*FOLDS, SHIPPED}
+
+
+def test_shipped_words_are_told_apart() -> None:
+    """Sentences that were not trained on lie nearest to those of their own label."""
+    weights = Path(captions.__file__).parents[1] / "weights" / "base"
+    head = load_heads(weights, (SHIPPED,))[SHIPPED]
+    labels = sorted(captions.TEST)
+    learned = np.stack([embed_sentences(head, WORDS, captions.TRAIN[label]).mean(axis=0) for label in labels])
+    asked = [(label, text) for label in labels for text in captions.TEST[label]]
+    nearest = (embed_sentences(head, WORDS, [text for _, text in asked]) @ learned.T).argmax(axis=1)
+    right = [labels[n] == label for n, (label, _) in zip(nearest, asked, strict=True)]
+    assert np.mean(right) > 0.9
