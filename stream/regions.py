@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,13 @@ _FINE = 4
 """Points tested along each side of a pixel, so that one which a polygon cuts counts as touched."""
 
 
+_REACH = 4
+"""Pixels of a decoded picture over which one of its pixels spreads when it is scaled: two are mixed, and colours have
+half the size."""
+_KEPT = 32
+"""Masks kept of one source."""
+
+
 class Blackout:
     """Blackens pixels of pictures of any size, by polygons in shares of the picture."""
 
@@ -20,30 +28,43 @@ class Blackout:
         """``privacy`` is hidden, and so is all that lies outside ``interest``, unless that is empty."""
         self._privacy = privacy
         self._interest = interest
-        self._hidden: dict[tuple[int, int], NDArray[np.bool_]] = {}
+        self._hidden: dict[tuple[int, int, int], NDArray[np.bool_]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._privacy or self._interest)
 
-    def apply(self, image: NDArray[np.uint8]) -> None:
-        """Blacken uint8 ``[H, W, 3]`` in place."""
-        size = image.shape[0], image.shape[1]
-        hidden = self._hidden.get(size)
+    def apply(self, image: NDArray[np.uint8], decoded: tuple[int, int] | None = None) -> None:
+        """Blacken uint8 ``[H, W, 3]`` in place.
+
+        ``decoded`` is the size, either way round, of the picture that it was scaled from; its own where not given.
+        """
+        height, width, _ = image.shape
+        margin = _margin(max(height, width) / min(decoded)) if decoded is not None else 1
+        hidden = self._hidden.get((height, width, margin))
         if hidden is None:
-            hidden = self._hidden[size] = self.hidden(*size)
+            # Of one source hardly more than a few: all its pictures have the sizes of packs.
+            if len(self._hidden) >= _KEPT:
+                self._hidden.clear()
+            hidden = self._hidden[height, width, margin] = self.hidden(height, width, margin)
         image[hidden] = 0
 
-    def hidden(self, height: int, width: int) -> NDArray[np.bool_]:
+    def hidden(self, height: int, width: int, margin: int = 1) -> NDArray[np.bool_]:
         """bool ``[H, W]``: what is blackened in a picture of that size.
 
-        A pixel that a privacy mask touches is hidden, and so are its neighbours: scaling has mixed them.
+        A pixel that a privacy mask touches is hidden, and so are its neighbours up to ``margin`` pixels away: scaling
+        has mixed them.
         """
         hidden = np.zeros((height, width), np.bool_)
         if self._interest:
             hidden |= ~np.any([touched(p, height, width) for p in self._interest], axis=0)
         if self._privacy:
-            hidden |= _grown(np.any([touched(p, height, width) for p in self._privacy], axis=0))
+            hidden |= _grown(np.any([touched(p, height, width) for p in self._privacy], axis=0), margin)
         return hidden
+
+
+def _margin(scale: float) -> int:
+    """How far the content of a hidden pixel reaches in a picture so many times as large as the decoded one."""
+    return max(1, math.ceil(_REACH * scale))
 
 
 def touched(polygon: Polygon, height: int, width: int) -> NDArray[np.bool_]:
@@ -74,9 +95,12 @@ def _outline(polygon: Polygon, height: int, width: int) -> NDArray[np.bool_]:
     return pixels
 
 
-def _grown(hidden: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """With every neighbour of a hidden pixel."""
-    padded = np.pad(hidden, 1)
-    height, width = hidden.shape
-    parts = [padded[dy : dy + height, dx : dx + width] for dy in range(3) for dx in range(3)]
-    return np.asarray(np.any(parts, axis=0))
+def _grown(hidden: NDArray[np.bool_], margin: int) -> NDArray[np.bool_]:
+    """With all pixels up to ``margin`` rows and columns away from a hidden one."""
+    for axis in (0, 1):
+        # In a sum over all before, whatever is hidden nearby makes a difference.
+        before = np.cumsum(np.insert(hidden, 0, False, axis), axis)
+        at, size = np.arange(hidden.shape[axis]), hidden.shape[axis]
+        first, last = np.maximum(at - margin, 0), np.minimum(at + margin + 1, size)
+        hidden = np.take(before, last, axis) > np.take(before, first, axis)
+    return hidden

@@ -112,6 +112,8 @@ class Assembler(Generic[P]):
         self._stats.frames_decoded += 1
         if shape != self._shape:
             self._change_shape(shape, arrival_ns)
+            # Only now: what was held of another size has been rendered.
+            self._stats.picture_size = shape[:2]
         step = self._timeline.see_video(pts_ns)
         if step is Step.LATE:
             self._stats.frames_late += 1

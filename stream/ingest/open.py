@@ -113,5 +113,5 @@ class Blackened:
 
     def _blacken(self, frame: Frame) -> Frame:
         image = frame.image if frame.image.flags.writeable else frame.image.copy()
-        self._blackout.apply(image)
+        self._blackout.apply(image, self.stats.picture_size)
         return frame if image is frame.image else replace(frame, image=image)

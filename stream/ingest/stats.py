@@ -34,3 +34,5 @@ class DecodeStats:
     """Audio samples that fit no timeline, came too long before the first frame, or had no time."""
     resyncs: int = 0
     """Times the timeline broke (each began a new epoch) or the audio clock was set again."""
+    picture_size: tuple[int, int] | None = None
+    """Width and height of the pictures that come out of the decoder now."""
