@@ -1,8 +1,9 @@
-"""Nothing that a lossy camera sends ends a recording, and its replay meets the same losses."""
+"""Nothing that a lossy camera sends ends a recording; a replay meets the same losses, and refuses what nobody wrote."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import random
 from collections.abc import Callable
@@ -16,7 +17,18 @@ import pytest
 from stream.clock import ManualClock, SystemClock
 from stream.ingest.decode import BAD_PACKETS_LIMIT
 from stream.ingest.matroska import Media, in_order, read_part
-from stream.ingest.recording import existing_parts
+from stream.ingest.recording import (
+    Connected,
+    Ended,
+    NotARecording,
+    Said,
+    Title,
+    Track,
+    Unfit,
+    existing_parts,
+    note_from_text,
+    note_to_text,
+)
 from stream.types import AudioChunk, EpochStart, Frame, MediaItem
 from tests.stream.camera import Camera, facts, recording
 from tests.stream.ingest.media import EVERY_FRAME, Clip, make_clip, run_source
@@ -304,3 +316,33 @@ def test_a_connection_that_was_given_up_is_given_up_again_and_the_next_one_goes_
     assert camera.stats.corrupt_packets == BAD_PACKETS_LIMIT
     assert facts(replay(tmp_path / "out.mkv")) == facts(camera.items)
     assert len([item for item in camera.items if isinstance(item, EpochStart)]) == 2
+
+
+def test_notes_and_titles_of_other_kinds_than_a_recorder_writes_are_refused() -> None:
+    track = Track("video", (1, 90_000), parameter_sets="AAAA")
+    good = {"title": Title("a", 0, "cam").to_text()}
+    for note in (Connected(0, 1, 2, (track,)), Said(0, 1, 2, 3, "text"), Unfit(0, 1, "AA", "AA"), Ended(0, 1, "lost")):
+        good[note_to_text(note)] = note_to_text(note)
+        assert note_from_text(note_to_text(note)) == note
+    for text in good.values():
+        told = json.loads(text)
+        for name in told:
+            for other in (None, [], {}, "text", 1.5, 1 << 70):
+                if type(other) is type(told[name]) and not isinstance(other, int):
+                    continue
+                with pytest.raises(NotARecording):
+                    (note_from_text if "note" in told else Title.from_text)(json.dumps({**told, name: other}))
+    wrong = [
+        ("time_base", [1, 1 << 31]),
+        ("kind", "subtitle"),
+        ("parameter_sets", "A"),
+        ("reorder", 17),
+        ("reorder", -1),
+    ]
+    for name, value in wrong:
+        told = json.loads(note_to_text(Connected(0, 1, 2, (track,))))
+        told["tracks"][0][name] = value
+        with pytest.raises(NotARecording):
+            note_from_text(json.dumps(told))
+    with pytest.raises(NotARecording):
+        note_from_text("[" * 100_000)
