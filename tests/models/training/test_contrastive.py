@@ -130,7 +130,7 @@ def test_two_processes_give_the_loss_and_gradient_of_the_joined_batch(tmp_path: 
             )
             for rank in range(world)
         ]
-        outputs = [worker.communicate(timeout=120) for worker in workers]
+        outputs = [worker.communicate(timeout=500) for worker in workers]
         assert all(worker.returncode == 0 for worker in workers), "\n".join(error for _, error in outputs)
         result: dict[str, object] = json.loads(outputs[0][0].splitlines()[-1])
         return result

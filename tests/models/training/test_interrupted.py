@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,16 +17,22 @@ import torch
 from models.checkpoint import Checkpoints, load_model, read_tensors
 from tests.models.training.conftest import tiny, write_config
 
-pytestmark = pytest.mark.timeout(400)  # A machine that does other things at the same time takes long to import torch.
+pytestmark = pytest.mark.timeout(900)  # A machine that does other things at the same time takes long to import torch.
 REPOSITORY = Path(__file__).parents[3]
 STEPS = 7
+
+
+def free_port() -> int:
+    """One that nobody listens on, here and now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def _run(*rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """How each job ended; those of one round run side by side."""
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     script = [sys.executable, str(Path(__file__).with_name("jobs.py")), json.dumps(rounds)]
-    done = subprocess.run(script, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=380, check=False)
+    done = subprocess.run(script, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=850, check=False)
     assert done.returncode == 0, done.stderr
     results: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(results) == sum(len(jobs) for jobs in rounds), done.stderr
@@ -80,7 +87,7 @@ def test_two_processes_train_one_model(world: Path, tmp_path: Path) -> None:
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(20_000 + os.getpid() % 20_000),
+        "MASTER_PORT": str(free_port()),
     }
     jobs = [{"config": config, "env": {**env, "RANK": str(n), "LOCAL_RANK": str(n)}} for n in range(2)]
     main, second = _run(jobs)
