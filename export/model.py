@@ -9,7 +9,7 @@ from pathlib import Path
 from engines.manifest import Manifest, Mode, PackSource
 from export.adapters import checkpoint, onnx_file, transformers
 from export.adapters import torchvision as vision
-from export.adapters.common import ExportOptions
+from export.adapters.common import ExportOptions, refuse_pickle
 from export.adapters.module import module_pack
 from export.build import ExportError, PackToWrite, Progress, write_pack
 from models.checkpoint import CARD_FILE
@@ -48,6 +48,8 @@ def read_model(what: str, options: ExportOptions) -> PackToWrite:
     path = Path(what).expanduser()
     if options.weights is not None and (path.suffix == ".onnx" or path.is_dir()):
         raise ExportError(f"{what} holds its own weights; leave {options.weights} out")
+    if path.is_file():
+        refuse_pickle(path)
     if path.suffix == ".onnx":
         return onnx_file.onnx_pack(path, options)
     if options.mode not in (None, Mode.CLIP) and not checkpoint.is_folder(path):

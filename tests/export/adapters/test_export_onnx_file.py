@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -186,6 +187,12 @@ def test_files_that_are_not_whole(tmp_path: Path) -> None:
     path.write_text("hello")
     refused(path, "net.onnx is not a whole, valid ONNX file", described(tmp_path))
     refused(tmp_path / "gone.onnx", "no ONNX file at .*gone.onnx", described(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["net.onnx", "net.pt", "net.pth"])
+def test_a_pickle_is_refused_by_its_bytes(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(pickle.dumps({"weights": 1}))
+    refused(tmp_path / name, f"{name} is a pickle, which can run any code; save", described(tmp_path))
 
 
 @pytest.mark.parametrize(
