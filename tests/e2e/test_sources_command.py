@@ -16,7 +16,6 @@ LIVE = "synthetic://scene?fps=25&width=64&height=36&brightness=0:0.8"
 CANARY = "hunter2canary"
 PATIENCE_S = 120.0
 """For anything that has to happen; machines may be slow."""
-pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture

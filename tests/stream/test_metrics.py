@@ -57,7 +57,6 @@ async def test_what_a_decoder_counts_is_told(tiny_pack: Path, tmp_path: Path) ->
         assert not any(dict(labels).get("source") == "a" for _, labels in series(run.service.metrics))
 
 
-@pytest.mark.timeout(300)
 async def test_sources_that_come_and_go_leave_no_series_behind(tiny_pack: Path, tmp_path: Path) -> None:
     """Half of them are live, half cannot be reached."""
 
