@@ -63,15 +63,21 @@ class FfmpegHardware:
 
 
 class FallingBack:
-    """Hardware until it proves unable before its first frame; then software, from the same packets on."""
+    """Hardware until it proves unable before its first frame; then software, from the same packets on.
+
+    Pictures that lie on their side are for software: that they do is written in the container, of which a decoder in
+    hardware knows nothing. Turned wrongly, they would have their privacy masks elsewhere.
+    """
 
     def __init__(
         self, hardware: VideoDecoder, software: Callable[[], VideoDecoder], tell: Callable[[str], None]
     ) -> None:
         self._decoder = hardware
-        self._software = software
+        # One: a decoder that has begun cannot be set up again.
+        self._software = functools.cache(software)
         self._tell = tell
         self._fed: list[Packet[Stream]] | None = []
+        self._looked = False
 
     def decode(self, packet: Packet[Stream]) -> list[VideoFrame]:
         """See ``VideoDecoder``."""
@@ -90,6 +96,10 @@ class FallingBack:
         if self._fed is None:
             return decode(packet)
         self._fed.append(packet)
+        if packet.size and packet.is_keyframe and not self._looked:
+            self._looked = True
+            if _is_turned(self._software(), packet):
+                return self._fall_back("its pictures lie on their side")
         try:
             frames = decode(packet)
         except (av.error.FFmpegError, NotUsable) as error:
@@ -113,6 +123,14 @@ class FallingBack:
                 if number == len(fed) - 1 and not frames:
                     raise
         return frames
+
+
+def _is_turned(software: VideoDecoder, key: Packet[Stream]) -> bool:
+    """Whether the picture of a key packet has to be turned to be upright, as the software's decoder tells it."""
+    try:
+        return any(frame.rotation for frame in software.decode_alone(key))
+    except av.error.FFmpegError:
+        return False
 
 
 def open_decoder(stream: VideoStream, wanted: Decode, source_id: str) -> VideoDecoder:

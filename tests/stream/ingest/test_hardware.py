@@ -12,7 +12,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from stream.ingest import hardware
-from stream.ingest.hardware import FallingBack, open_decoder
+from stream.ingest.hardware import FallingBack, FfmpegHardware, open_decoder
 from stream.ingest.skipping import Skip
 from stream.ingest.video import NotUsable, SoftwareDecoder
 from stream.source_settings import Decode
@@ -84,6 +84,46 @@ def test_what_a_device_swallowed_before_it_failed_is_decoded_by_software(
     assert len(told) == 1
     assert [frame.pts for frame in frames] == sorted({frame.pts for frame in frames})
     assert len(frames) == 50
+
+
+class Device(FfmpegHardware):
+    """As FFmpeg decodes on a device: by a decoder of its own, which knows the codec's data but not the container's."""
+
+    def __init__(self, stream: VideoStream, device: Decode) -> None:
+        own = stream.codec_context
+        context = av.CodecContext.create(own.codec.canonical_name, "r")
+        assert isinstance(context, av.VideoCodecContext)
+        context.extradata = own.extradata
+        self._context = context
+
+
+def lying(path: Path, degrees: int) -> Path:
+    """A clip that is bright on top as it is stored, and tells that it lies on its side."""
+    stored = np.zeros((120, 160, 3), np.uint8)
+    stored[:60] = 255
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
+        stream.set_display_rotation(degrees)
+        for _ in range(50):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(stored, "rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180])
+def test_pictures_that_lie_on_their_side_are_upright_whatever_decodes(
+    tmp_path: Path, degrees: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else the privacy masks would lie elsewhere."""
+    monkeypatch.setattr(hardware, "FfmpegHardware", Device)
+    hardware._warn_once.cache_clear()
+    clip = lying(tmp_path / "clip.mp4", degrees)
+    software, device = run_source(clip).of(Frame), run_source(clip, decode="cuda").of(Frame)
+    assert len(software) == len(device) > 0
+    for ours, theirs in zip(device, software, strict=True):
+        assert ours.pts_ns == theirs.pts_ns and (ours.image == theirs.image).all()
+    assert ("its pictures lie on their side; decoding in software" in caplog.text) == (degrees != 0)
 
 
 def test_software_is_the_default_and_asks_for_no_device(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
