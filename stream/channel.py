@@ -50,12 +50,13 @@ class Channel(Generic[T]):
     def put(self, item: T) -> None:
         """Add an item from the producing thread; blocks or drops when full.
 
-        Raises ``Stopped`` once the consumer has asked the producer to end.
+        Raises ``Stopped`` once the consumer has asked a producer to end that waits for it. One that never waits ends
+        by itself, so that what it had received is still taken; only once the channel is closed it is stopped too.
         """
         with self._changed:
             if self._policy is Policy.BLOCK:
                 self._changed.wait_for(lambda: self._stopped or len(self._items) < self._capacity)
-            if self._stopped:
+            if self._closed or (self._stopped and self._policy is Policy.BLOCK):
                 raise Stopped
             self._hop.entered += 1
             if len(self._items) >= self._capacity:
@@ -86,7 +87,7 @@ class Channel(Generic[T]):
             self._loop.call_soon_threadsafe(self._readable.set)
         except RuntimeError:
             # The loop is gone: the process is ending, nobody will read.
-            self._stopped = True
+            self._stopped = self._closed = True
 
     def close(self) -> None:
         """The producer has ended: what is inside can still be read. From any thread."""
@@ -95,7 +96,7 @@ class Channel(Generic[T]):
             self._signal()
 
     def stop(self) -> None:
-        """Tell the producer to end: its next ``put`` raises ``Stopped``. From any thread."""
+        """Tell the producer to end: its next ``put`` raises ``Stopped`` if it could wait there. From any thread."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()

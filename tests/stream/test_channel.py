@@ -78,3 +78,15 @@ async def test_stop_ends_a_blocked_producer() -> None:
         channel.put(2)
     channel.put_now(-1)
     assert await channel.get_many() == [-1]
+
+
+async def test_a_live_producer_that_is_told_to_end_hands_over_what_it_has() -> None:
+    channel, hop = make(Policy.DROP_OLDEST)
+    channel.put(1)
+    channel.stop()
+    channel.put(2)
+    channel.close()
+    with pytest.raises(Stopped):
+        channel.put(3)
+    assert await read_all(channel) == [1, 2]
+    assert (hop.entered, hop.left, hop.held) == (2, 2, 0)

@@ -15,7 +15,7 @@ from stream.errors import SourceError
 from stream.ingest.stats import DecodeStats
 from stream.settings import RetrySettings
 from stream.supervisor import SourceState, Supervisor, backoff_s
-from stream.types import CaptureClock, ClockOrigin, Emit, EpochEnd, EpochStart, MediaItem, StopFlag
+from stream.types import CaptureClock, ClockOrigin, Emit, EpochEnd, EpochStart, MediaItem, Progress, StopFlag
 
 RETRY = RetrySettings(first_s=0.001, max_s=0.004)
 CLOCK = CaptureClock(ClockOrigin.ARRIVAL, 1.0, 0)
@@ -46,12 +46,13 @@ class Harness:
         retry: RetrySettings = RETRY,
         scheduled: Callable[[], bool] | None = None,
         persistent: bool = False,
+        policy: Policy = Policy.BLOCK,
     ) -> None:
         self.scripts = list(scripts)
         self.opened: list[int] = []
         self.states: list[SourceState] = []
         self.changed = asyncio.Event()
-        self.channel: Channel[MediaItem] = Channel(Hop(), 64, Policy.BLOCK, lambda item: False)
+        self.channel: Channel[MediaItem] = Channel(Hop(), 64, policy, lambda item: False)
         self.supervisor = Supervisor(
             "cam",
             self._open,
@@ -176,6 +177,24 @@ async def test_a_source_that_ends_itself_while_being_stopped_still_ends_its_epoc
         harness.supervisor.stop()
         items = await running
     assert [type(item).__name__ for item in items] == ["EpochStart", "EpochEnd"]
+
+
+async def test_a_live_source_that_is_stopped_hands_over_what_it_had_received() -> None:
+    """Its decoder is flushed then, as it is in the replay of a recording."""
+
+    def flushes(emit: Emit, stop: StopFlag, epoch: int) -> None:
+        emit(start(epoch))
+        assert stop.wait(20)
+        emit(Progress("cam", epoch, 1, 0))
+        emit(EpochEnd("cam", epoch, "removed", 0))
+
+    harness = Harness(flushes, policy=Policy.DROP_OLDEST)
+    running = asyncio.create_task(harness.run())
+    async with asyncio.timeout(20):
+        await harness.reached(SourceState.LIVE)
+        harness.supervisor.stop()
+        items = await running
+    assert [type(item).__name__ for item in items] == ["EpochStart", "Progress", "EpochEnd"]
 
 
 async def test_a_bug_in_a_source_is_raised_not_retried() -> None:
