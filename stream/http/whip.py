@@ -103,12 +103,14 @@ class Whip:
     async def _publish(self, request: Request) -> Response:
         """Answer an offer."""
         source_id = self._authorise(request)
-        source = self._source(source_id)
+        self._source(source_id)
         offer = await read_body(request, SDP, OFFER_BYTES)
         if self._publications.is_taken(source_id):
             raise HTTPException(409, f"source {source_id} is being published to already; end that session first")
-        if (state := source.supervisor.status.state) in _SHUT:
-            raise HTTPException(409, f"source {source_id} is {state}, nobody can publish to it now")
+        try:
+            self._check_waits(source_id)
+        except NotExpected as error:
+            raise HTTPException(409, str(error)) from None
         if self.count >= SESSIONS_LIMIT:
             raise HTTPException(503, "too many publishers; try again later", {"Retry-After": "10"})
         session_id, session, answer = await self._open(source_id, offer)
@@ -127,6 +129,8 @@ class Whip:
         try:
             answer = await session.answer(offer)
             assert session.inbox is not None
+            # Again: addresses are gathered meanwhile, and servers asked for them.
+            self._check_waits(source_id)
             self._publications.offer(source_id, session.inbox)
         except BadOffer as error:
             await session.aclose()
@@ -140,8 +144,6 @@ class Whip:
         except asyncio.CancelledError:
             await session.aclose()
             raise
-        if source_id not in self._sources:
-            self._publications.forget(source_id)
         session_id = secrets.token_urlsafe(24)
         if session in self._unnamed:
             self._unnamed.discard(session)
@@ -220,6 +222,13 @@ class Whip:
         if importlib.util.find_spec("aiortc") is None:
             raise HTTPException(501, "aiortc is not installed; pip install 'sightwire[webrtc]'")
         return source
+
+    def _check_waits(self, source_id: str) -> None:
+        """Raises ``NotExpected`` where nobody waits for a publisher."""
+        source = self._sources.get(source_id)
+        state = SourceState.ENDED if source is None else source.supervisor.status.state
+        if state in _SHUT:
+            raise NotExpected(f"source {source_id} is {state}, nobody can publish to it now")
 
     def _session(self, source_id: str, request: Request) -> Session:
         session = self._sessions.get((source_id, request.path_params["session_id"]))

@@ -20,6 +20,7 @@ from stream.http.app import create_app
 from stream.http.sources import sources_router
 from stream.http.whip import FRAGMENT, OFFER_BYTES, SDP, Whip, ice_links, receiving_addresses
 from stream.ingest.webrtc_hub import Publications
+from stream.ingest.webrtc_session import Session
 from stream.packs import load_packs
 from stream.service import Service
 from stream.settings import HttpSettings, IceServer, WebRtcSettings, load_settings
@@ -147,6 +148,29 @@ async def test_one_who_never_connects_is_given_up(tiny_pack: Path, tmp_path: Pat
         assert answer.status_code == 201
         await until(lambda: run.whip.count == 0)
         await until(lambda: run.service.sources["cam"].supervisor.status.failed_attempts == {"timeout": 1})
+
+
+@pytest.mark.parametrize("removed", [False, True])
+async def test_a_source_that_ends_while_its_publisher_is_answered_keeps_no_session(
+    tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: bool
+) -> None:
+    whole = Session.answer
+    async with serving(tiny_pack, tmp_path) as run:
+
+        async def answer(session: Session, offer: str) -> str:
+            answered = await whole(session, offer)
+            if removed:
+                await run.service.sources.remove("cam")
+            else:
+                run.service.sources["cam"].supervisor.stop()
+                await until(lambda: run.state() is SourceState.ENDED)
+            return answered
+
+        monkeypatch.setattr(Session, "answer", answer)
+        refused = await run.client.post("/whip/cam", content=await bare_offer(), headers={"Content-Type": SDP})
+        assert refused.status_code == 409 and "ended" in refused.json()["detail"]
+        assert run.whip.count == 0
+        assert run.service.publications is not None and not run.service.publications.is_taken("cam")
 
 
 async def test_what_cannot_be_taken_is_refused_in_one_line(tiny_pack: Path, tmp_path: Path) -> None:
