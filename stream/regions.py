@@ -58,7 +58,7 @@ class Blackout:
         if self._interest:
             hidden |= ~np.any([touched(p, height, width) for p in self._interest], axis=0)
         if self._privacy:
-            hidden |= _grown(np.any([touched(p, height, width) for p in self._privacy], axis=0), margin)
+            hidden |= _grown(np.any([touched(p, height, width, whole=True) for p in self._privacy], axis=0), margin)
         return hidden
 
 
@@ -67,18 +67,21 @@ def _margin(scale: float) -> int:
     return max(1, math.ceil(_REACH * scale))
 
 
-def touched(polygon: Polygon, height: int, width: int) -> NDArray[np.bool_]:
+def touched(polygon: Polygon, height: int, width: int, *, whole: bool = False) -> NDArray[np.bool_]:
     """bool ``[H, W]``: pixels that have a part in the polygon, to a quarter of a pixel.
 
-    Even-odd rule: a point is inside when a ray from it crosses the outline an odd number of times.
+    Even-odd rule: a point is inside when a ray from it crosses the outline an odd number of times. With ``whole``, for
+    what must not be seen, it is inside wherever the outline winds around it (non-zero rule): an outline that crosses
+    itself leaves no hole then.
     """
     y = (np.arange(height * _FINE) + 0.5) / (height * _FINE)
     x = (np.arange(width * _FINE) + 0.5) / (width * _FINE)
-    inside = np.zeros((len(y), len(x)), np.bool_)
+    winding = np.zeros((len(y), len(x)), np.int16)
     for (x0, y0), (x1, y1) in zip(polygon, [*polygon[1:], polygon[0]], strict=True):
         crossed = (y0 <= y) != (y1 <= y)
         at = x0 + (y[crossed] - y0) * (x1 - x0) / (y1 - y0) if y0 != y1 else np.zeros(0)
-        inside[crossed] ^= x[None, :] < at[:, None]
+        winding[crossed] += (1 if y1 > y0 else -1) * (x[None, :] < at[:, None])
+    inside = winding != 0 if whole else winding % 2 != 0
     pixels = np.asarray(inside.reshape(height, _FINE, width, _FINE).any(axis=(1, 3)))
     # What is thinner than a quarter of a pixel passes between the points: its outline does not.
     return pixels | _outline(polygon, height, width)

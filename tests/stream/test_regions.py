@@ -50,6 +50,18 @@ def test_a_small_picture_hides_all_that_a_large_one_does(polygon: list[tuple[flo
     assert (touched(polygon, 64, 64) <= large).all()
 
 
+def test_a_mask_whose_outline_crosses_itself_has_no_hole() -> None:
+    """As of somebody who sets the corners of a star: its middle is the last that they want to be seen."""
+    star = [(0.5 + 0.45 * math.sin(n * 0.8 * math.pi), 0.5 - 0.45 * math.cos(n * 0.8 * math.pi)) for n in range(5)]
+    assert not touched(star, 100, 100)[45:55, 45:55].any(), "as a region of interest it has one"
+    assert Blackout([star], []).hidden(100, 100)[45:55, 45:55].all()
+
+
+@given(polygon=POLYGONS)
+def test_a_mask_hides_at_least_what_a_region_shows(polygon: list[tuple[float, float]]) -> None:
+    assert (touched(polygon, 24, 32) <= touched(polygon, 24, 32, whole=True)).all()
+
+
 def test_privacy_wins_over_interest() -> None:
     image = np.full((40, 40, 3), 200, np.uint8)
     Blackout([((0.4, 0.4), (0.6, 0.4), (0.6, 0.6), (0.4, 0.6))], [SQUARE]).apply(image)
