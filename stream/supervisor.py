@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from stream.accounting import BooksError
 from stream.channel import Channel
 from stream.clock import NS_PER_S, Clock
 from stream.errors import SourceError
@@ -250,15 +251,20 @@ class Supervisor:
         self, source: CountingSource, stop: threading.Event, ended: asyncio.Future[SourceError | None]
     ) -> None:
         outcome: SourceError | None = None
-        bug: Exception | None = None
+        bug: BooksError | None = None
         try:
             source.run(self._emit, stop)
         except Stopped:
             pass
         except SourceError as lost:
             outcome = lost
-        except Exception as unforeseen:  # noqa: BLE001 - handed to the awaiting task, which raises it
-            bug = unforeseen
+        except BooksError as wrong:
+            bug = wrong
+        except Exception as unforeseen:
+            # Whatever it is, the other sources must not end with it.
+            log.exception("source %s ended by an error of this program", self.source_id)
+            cause = f"ended by an error of this program ({type(unforeseen).__name__}); please report what the log says"
+            outcome = SourceError(self.source_id, "internal", cause, retryable=False)
         self._loop.call_soon_threadsafe(_settle, ended, outcome, bug)
 
     def _emit(self, item: MediaItem) -> None:
@@ -318,7 +324,7 @@ def _counts(source: CountingSource | None) -> Counter[str]:
     )
 
 
-def _settle(ended: asyncio.Future[SourceError | None], outcome: SourceError | None, bug: Exception | None) -> None:
+def _settle(ended: asyncio.Future[SourceError | None], outcome: SourceError | None, bug: BooksError | None) -> None:
     if ended.done():
         return
     if bug is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from stream.accounting import Hop
+from stream.accounting import BooksError, Hop
 from stream.channel import Channel, Policy
 from stream.clock import SystemClock
 from stream.errors import SourceError
@@ -197,12 +197,25 @@ async def test_a_live_source_that_is_stopped_hands_over_what_it_had_received() -
     assert [type(item).__name__ for item in items] == ["EpochStart", "Progress", "EpochEnd"]
 
 
-async def test_a_bug_in_a_source_is_raised_not_retried() -> None:
+async def test_an_unforeseen_error_ends_one_source_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
     def bug(emit: Emit, stop: StopFlag, epoch: int) -> None:
-        raise ZeroDivisionError
+        emit(start(epoch))
+        raise ZeroDivisionError("seven")
 
-    with pytest.raises(ZeroDivisionError):
-        await Harness(bug).run()
+    harness = Harness(bug)
+    items = await harness.run()
+    assert [type(item).__name__ for item in items] == ["EpochStart", "EpochEnd"]
+    assert harness.states[-1] is SourceState.FAILED
+    assert harness.supervisor.status.reconnects == {"internal": 1}
+    assert "ZeroDivisionError" in harness.supervisor.status.cause and "seven" in caplog.text
+
+
+async def test_books_that_are_wrong_are_raised() -> None:
+    def wrong(emit: Emit, stop: StopFlag, epoch: int) -> None:
+        raise BooksError
+
+    with pytest.raises(BooksError):
+        await Harness(wrong).run()
 
 
 def test_backoff_doubles_up_to_its_limit_and_jitters_down_to_half() -> None:
