@@ -111,7 +111,14 @@ def _finite(array: Array) -> bool:
     return bool(np.isfinite(flat).all())
 
 
-_NO_MEMORY = ("out of memory", "failed to allocate", "bad_alloc", "not enough memory", "unable to allocate")
+_NO_MEMORY = (
+    "out of memory",
+    "failed to allocate",
+    "bad_alloc",
+    "not enough memory",
+    "allocate memory",
+    "unable to allocate",
+)
 
 
 def failed(spec: EngineSpec, cause: str) -> InferenceError:

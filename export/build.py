@@ -17,6 +17,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from engines.backends import first_line
+from engines.errors import InferenceError
 from engines.manifest import (
     PARITY_FILE,
     Branch,
@@ -150,14 +152,23 @@ def _manifest(pack: PackToWrite, graphs: tuple[GraphSpec, ...]) -> Manifest:
 
 
 def reference(graph: Graph) -> Reference:
-    """The module itself as what engines are compared with: numpy tensors by name in and out."""
+    """The module itself as what engines are compared with: numpy tensors by name in and out.
+
+    It raises ``InferenceError`` when PyTorch fails, as where there is no memory left.
+    """
     if isinstance(graph, ReadyGraph):
         return graph.reference
 
     def run(inputs: Tensors) -> dict[str, Array]:
-        with torch.inference_mode():
-            # A copy: numpy arrays from a decoder may be read-only, which torch warns of.
-            got = graph.module(*(torch.from_numpy(np.array(inputs[name])) for name in graph.example))
+        try:
+            with torch.inference_mode():
+                # A copy: numpy arrays from a decoder may be read-only, which torch warns of.
+                got = graph.module(*(torch.from_numpy(np.array(inputs[name])) for name in graph.example))
+        except (RuntimeError, MemoryError) as error:
+            raise InferenceError(
+                f"graph {graph.name}: PyTorch, which engines are compared with, cannot run it on a window "
+                f"({first_line(error)}); free memory, or correct the model"
+            ) from error
         values = got if isinstance(got, tuple) else (got,)
         return {name: value.numpy() for name, value in zip(graph.outputs, values, strict=True)}
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engines import backends
 from engines.backends import EngineOptions
+from engines.errors import InferenceError
 from engines.manifest import MANIFEST_FILE, HeadKind, Mode, check_integrity, read_manifest
 from engines.measure import random_batch
 from engines.types import Array, Engine
@@ -131,3 +132,17 @@ def test_absent_weights_end_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no weights at"):
         export_base(tmp_path / "none", tmp_path / "out")
     assert not (tmp_path / "out" / MANIFEST_FILE).exists()
+
+
+class _Greedy(nn.Module):
+    def forward(self, frames: Tensor) -> Tensor:
+        return torch.empty(2**62, dtype=torch.uint8)
+
+
+def test_a_reference_without_memory_is_one_line() -> None:
+    graph = GraphToExport("greedy", _Greedy(), {"frames": torch.zeros(1, 1)}, ("out",))
+    with pytest.raises(
+        InferenceError, match=r"graph greedy: PyTorch, which .*; free memory, or correct the model"
+    ) as told:
+        reference(graph)({"frames": np.zeros((1, 1), np.float32)})
+    assert "\n" not in str(told.value)
