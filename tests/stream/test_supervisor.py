@@ -263,7 +263,7 @@ async def test_a_schedule_that_is_on_again_before_the_connection_has_ended_ends_
         nonlocal on
         emit(start(epoch))
         on = False
-        assert stop.wait(20)
+        assert stop.wait(180)
         on = True
 
     def ends(emit: Emit, stop: StopFlag, epoch: int) -> None:
