@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -115,8 +116,12 @@ def tool(name: str) -> str:
 
 
 def end(process: subprocess.Popen[str], patience_s: float = 120.0) -> int:
-    """SIGTERM, and SIGKILL to what does not heed it; the exit code."""
+    """SIGTERM; what does not heed it gets SIGABRT, for its log to say where it hangs. The exit code."""
     process.terminate()
+    try:
+        return process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
     try:
         return process.wait(patience_s)
     except subprocess.TimeoutExpired:
@@ -157,7 +162,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, tiny_pack: Path) -> Iterat
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SIGHTWIRE_")}
     environment["SIGHTWIRE_HOME"] = str(folder / "home")
-    command = [sys.executable, "-c", "from stream.cli import main; main()"]
+    command = [sys.executable, "-X", "faulthandler", "-c", "from stream.cli import main; main()"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [*command, "run", "--config", str(config), "--quiet"],
