@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import logging
 import signal
 from collections import Counter
@@ -57,6 +58,10 @@ Reload = Callable[[], Settings]
 """Reads the settings again, on SIGHUP. Raises ``SettingsError``."""
 
 
+HUNG_S = 30.0
+"""A service that has not ended so long after the grace ends at once, with exit code 1 and its threads on stderr."""
+
+
 class Ending:
     """Turns signals into an orderly end: the first asks for it, the second (or the end of the grace) cuts waiting."""
 
@@ -90,6 +95,9 @@ class Ending:
         log.info("%s: ending", signal.Signals(number).name)
         if self._asked:
             self._cut()
+        else:
+            # Works whatever hangs, and shows where. Never taken back: the process is ending.
+            faulthandler.dump_traceback_later(self._grace_s + HUNG_S, exit=True, file=2)
         self.ask()
 
     def hang_up(self) -> None:
