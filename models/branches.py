@@ -11,7 +11,8 @@ from models.attention import masked_mean
 from models.audio import EMBEDDING, AudioEncoder, LogMel, SpecAugment, compress
 from models.backbones.base import Backbone, pool
 from models.config import AudioConfig
-from models.text import PAD, TextEncoder
+from models.text import TextEncoder
+from models.tokens import PAD
 from models.types import Inputs
 
 

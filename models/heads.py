@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import Transformer, positions
-from models.text import END, PAD, START
+from models.tokens import END, PAD, START
 
 DECODER_WIDTH = 64
 """Channels of the segmentation decoder."""

@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from models.attention import Transformer, masked_mean, positions
 from models.config import TextConfig
 from models.errors import DataError, WeightsError
+from models.tokens import END, PAD, SPECIAL, START, UNK
 
-PAD, UNK, START, END = range(4)
-SPECIAL = ("[pad]", "[unk]", "[start]", "[end]")
-"""Special tokens by id."""
 MARK = "##"
 """Begins a piece that continues a word."""
 

@@ -20,7 +20,7 @@ from models.data.masks import read_mask
 from models.data.recordings import Recordings
 from models.data.windows import sample_times, take_audio, take_frames
 from models.media import NS_PER_S
-from models.text import START
+from models.tokens import START
 from models.types import VOID
 
 

@@ -18,7 +18,8 @@ from models.data.dataset import ClipDataset
 from models.data.features import FrozenFeatures
 from models.data.manifest import read_manifest
 from models.errors import DataError
-from models.text import END, START, TextTokenizer
+from models.text import TextTokenizer
+from models.tokens import END, START
 from models.types import VOID, Inputs, Targets
 
 ACTION = HeadConfig(name="action", kind="action", labels=("run", "walk"))

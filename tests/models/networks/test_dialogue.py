@@ -9,7 +9,7 @@ from torch import Tensor
 from models.config import FusionConfig, HeadConfig, ModelConfig, TextConfig
 from models.heads import DialogueHead
 from models.network import FusionModel, build_model
-from models.text import END, PAD, START
+from models.tokens import END, PAD, START
 from models.types import VOID, Inputs
 
 Toy = tuple[DialogueHead, Tensor, Tensor, Tensor, Tensor]

@@ -9,7 +9,8 @@ import torch
 
 from models.config import TextConfig
 from models.errors import DataError, WeightsError
-from models.text import END, PAD, START, UNK, TextEncoder, TextTokenizer
+from models.text import TextEncoder, TextTokenizer
+from models.tokens import END, PAD, START, UNK
 
 CAPTIONS = ["A man falls in the kitchen.", "Two people shake hands", "a dog barks, far away", "Rain on a tin roof!"] * 3
 
