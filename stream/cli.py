@@ -24,9 +24,7 @@ from stream.terminal import err, out, set_up_logging
 
 app = typer.Typer(
     name="sightwire",
-    help="Cameras and streams in, events out.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -49,10 +47,12 @@ ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="Setti
 RedisOption = Annotated[
     str | None, typer.Option("--redis", help="redis://host:port/db; without it a Valkey server is started here.")
 ]
-PackOption = Annotated[list[str] | None, typer.Option("--pack", help="Pack to run, by name or folder [default: base].")]
+PackOption = Annotated[list[str] | None, typer.Option("--pack", help="Pack to run, by name or folder (default: base).")]
 BackendOption = Annotated[
-    str | None, typer.Option("--backend", help="auto, onnxruntime or openvino [default: auto, the fastest here].")
+    str | None,
+    typer.Option("--backend", help="auto, onnxruntime, openvino or tensorrt (default: auto, the fastest here)."),
 ]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Log more, to find out what is wrong.")]
 FastOption = Annotated[bool, typer.Option("--fast", help="Read files as fast as possible, dropping nothing.")]
 SecondsOption = Annotated[float | None, typer.Option("--seconds", min=0.1, help="End after this long.")]
 
@@ -65,6 +65,13 @@ def main() -> None:
         for line in dict.fromkeys(str(error) for error in _leaves(group)):
             err.print(f"[bold red]error:[/] {_plain(line)}")
         sys.exit(FAILED)
+    except* ModuleNotFoundError as group:
+        # What serving needs has been imported by now: the rest belongs to models.
+        for missing in _leaves(group):
+            err.print(
+                f"[bold red]error:[/] {_plain(str(missing))}; pip install 'sightwire\\[train]' brings what models need"
+            )
+        sys.exit(FAILED)
     except* KeyboardInterrupt:
         sys.exit(130)
 
@@ -74,6 +81,12 @@ def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
     for error in group.exceptions:
         found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
     return found
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
 
 
 def _plain(text: str) -> str:
@@ -140,6 +153,15 @@ def settings_from(
     return settings
 
 
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Cameras and streams in, events out."""
+
+
 @app.command()
 def run(
     source: SourceOption = None,
@@ -149,11 +171,14 @@ def run(
     backend: BackendOption = None,
     fast: FastOption = False,
     loop: Annotated[bool, typer.Option("--loop", help="Start files again when they end.")] = False,
-    http_port: Annotated[int | None, typer.Option("--http-port", help="Port of /metrics; 0 takes a free one.")] = None,
+    http_port: Annotated[
+        int | None,
+        typer.Option("--http-port", help="Port of the API and /metrics; 0 takes a free one (default: 9464)."),
+    ] = None,
     stay: Annotated[bool, typer.Option("--stay", help="Go on without sources: add them while it runs.")] = False,
     seconds: SecondsOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not show events.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Watch sources and publish their events to Redis."""
     set_up_logging(verbose)
@@ -177,7 +202,7 @@ def watch(
     backend: BackendOption = None,
     fast: FastOption = False,
     seconds: SecondsOption = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Watch one source and show its events here; nothing is published."""
     set_up_logging(verbose)
@@ -216,7 +241,7 @@ def record(
     file: Annotated[Path, typer.Argument(help="Matroska file to write (.mkv).")],
     seconds: SecondsOption = None,
     max_mb: Annotated[int, typer.Option("--max-mb", min=8, help="Size over which the oldest media goes.")] = 4096,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Record a camera as it comes, to be replayed with the same windows and events."""
     set_up_logging(verbose)
@@ -249,7 +274,7 @@ def replay(
     realtime: Annotated[bool, typer.Option("--realtime", help="In its own time, not as fast as possible.")] = False,
     publish: Annotated[bool, typer.Option("--publish", help="Publish to Redis what the live run did not.")] = False,
     redis: RedisOption = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Live through a recording again: the windows and event ids of the live run."""
     set_up_logging(verbose)
@@ -304,8 +329,12 @@ def doctor(redis: RedisOption = None) -> None:
 
 @app.command()
 def demo(
-    seconds: Annotated[float | None, typer.Option("--seconds", envvar="DEMO_SECONDS", min=1)] = None,
-    http_port: Annotated[int, typer.Option("--http-port")] = 9464,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", envvar="DEMO_SECONDS", min=1, help="End after this long.")
+    ] = None,
+    http_port: Annotated[
+        int, typer.Option("--http-port", help="Port of the API and /metrics; 0 takes a free one.")
+    ] = 9464,
 ) -> None:
     """Run on two sample sources: a street over RTSP and a clip with sound."""
     set_up_logging()

@@ -12,7 +12,7 @@ from stream.terminal import err, out, set_up_logging
 
 models_app = typer.Typer()
 BackendOption = Annotated[
-    str | None, typer.Option("--backend", help="auto, onnxruntime or openvino [default: auto, the fastest here].")
+    str | None, typer.Option("--backend", help="auto, onnxruntime or openvino (default: auto, the fastest here).")
 ]
 
 
@@ -26,7 +26,7 @@ def export(
             metavar="MODEL",
         ),
     ] = "base",
-    to: Annotated[Path | None, typer.Option("--to", help="Folder of the pack [default: the home folder's].")] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="Folder of the pack (default: the home folder's).")] = None,
     weights: Annotated[Path | None, typer.Option("--weights", help="Its weights, as safetensors.")] = None,
     describe: Annotated[
         Path | None, typer.Option("--describe", help="YAML with what the model's own files do not say.")
@@ -36,7 +36,7 @@ def export(
         str | None,
         typer.Option(
             "--mode",
-            help="clip, staged (backbone: frame) or stateful (backbone: stream) [default: staged or clip].",
+            help="clip, staged (backbone: frame) or stateful (backbone: stream); default: staged or clip.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Export again even if the pack is up to date.")] = False,
@@ -57,7 +57,7 @@ def compile_engines(
     backend: Annotated[str, typer.Option("--backend", help="auto, onnxruntime, openvino, tensorrt or torch.")] = "auto",
     precision: Annotated[str, typer.Option("--precision", help="fp32, fp16, bf16 or int8.")] = "fp32",
     device: Annotated[
-        str | None, typer.Option("--device", help="cpu, or cuda:N [default: what the backend has].")
+        str | None, typer.Option("--device", help="cpu, or cuda:N (default: what the backend has).")
     ] = None,
 ) -> None:
     """Compile a pack's graphs to engines, measure them on real clips, and remember the fastest."""
@@ -72,23 +72,23 @@ def verify(
     pack: Annotated[str, typer.Argument(help="Pack, by name or folder.")],
     backend: Annotated[
         list[str] | None,
-        typer.Option("--backend", help="onnxruntime, openvino, tensorrt or torch; may be repeated [default: all]."),
+        typer.Option("--backend", help="onnxruntime, openvino, tensorrt or torch; may be repeated (default: all)."),
     ] = None,
     precision: Annotated[
         list[str] | None,
-        typer.Option("--precision", help="fp32, fp16, bf16 or int8; may be repeated [default: all with a bound]."),
+        typer.Option("--precision", help="fp32, fp16, bf16 or int8; may be repeated (default: all with a bound)."),
     ] = None,
     clips: Annotated[
         list[Path] | None,
-        typer.Option("--clips", help="A video file, may be repeated [default: those of the extra demo]."),
+        typer.Option("--clips", help="A video file, may be repeated (default: those of the extra demo)."),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="What it was exported from, as for export [default: as remembered here]."),
+        typer.Option("--model", help="What it was exported from, as for export (default: as remembered here)."),
     ] = None,
     weights: Annotated[Path | None, typer.Option("--weights", help="Weights of --model.")] = None,
     describe: Annotated[Path | None, typer.Option("--describe", help="Description of --model.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda [default: what the backend has].")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda (default: what the backend has).")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a report with plots to this file.")] = None,
     bisect: Annotated[
         bool, typer.Option("--bisect", help="Name the first node that departs in a graph over its bound.")
@@ -159,8 +159,8 @@ def evaluate(
     manifest: Annotated[
         Path | None, typer.Argument(help="Rows to score, CSV or JSON Lines; without it the base pack's own protocol.")
     ] = None,
-    split: Annotated[str | None, typer.Option("--split", help="train, val or test [default: test, else val].")] = None,
-    to: Annotated[Path | None, typer.Option("--to", help="Folder for the report [default: ./evaluation].")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="train, val or test (default: test, else val).")] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="Folder for the report (default: ./evaluation).")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Where the manifest's paths begin.")] = None,
     backend: BackendOption = None,
 ) -> None:

@@ -54,16 +54,20 @@ def _row(one: dict[str, Any]) -> list[str]:
 def swap(
     name: Annotated[str, typer.Argument(help="The pack whose place is taken.", metavar="NAME")],
     to: Annotated[
-        str | None, typer.Option("--to", help="Name of an exported pack [default: its own folder, read again].")
+        str | None, typer.Option("--to", help="Name of an exported pack (default: its own folder, read again).")
     ] = None,
-    backend: Annotated[str | None, typer.Option("--backend", help="[default: as now]")] = None,
-    precision: Annotated[str | None, typer.Option("--precision", help="[default: as now]")] = None,
+    backend: Annotated[
+        str | None, typer.Option("--backend", help="auto, onnxruntime, openvino or tensorrt (default: as now).")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="fp32, fp16, bf16 or int8 (default: as now).")
+    ] = None,
     compare_s: Annotated[
-        float | None, typer.Option("--compare", help="Seconds that both run [default: 30]; 0 compares nothing.")
+        float | None, typer.Option("--compare", help="Seconds that both run (default: 30); 0 compares nothing.")
     ] = None,
     max_disagreement: Annotated[
         float | None,
-        typer.Option("--max-disagreement", help="Largest share a head may differ by [default: 0.05]."),
+        typer.Option("--max-disagreement", help="Largest share a head may differ by (default: 0.05)."),
     ] = None,
     api: ApiOption = None,
 ) -> None:

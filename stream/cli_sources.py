@@ -23,7 +23,7 @@ sources_app = typer.Typer(help="The sources of a running service.", no_args_is_h
 ApiOption = Annotated[
     str | None,
     typer.Option(
-        "--api", envvar="SIGHTWIRE_SERVICE", help="Address of the service [default: by the settings].", metavar="URL"
+        "--api", envvar="SIGHTWIRE_SERVICE", help="Address of the service (default: by the settings).", metavar="URL"
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
@@ -31,7 +31,7 @@ SourceId = Annotated[str, typer.Argument(help="Its id.", metavar="ID")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="A setting, e.g. --set hop_s=1 --set 'packs=[base]'; may be given again.", metavar="KEY=VALUE"
+        "--set", help="A setting, e.g. --set hop_s=1 --set audio=false; may be given again.", metavar="KEY=VALUE"
     ),
 ]
 WaitOption = Annotated[

@@ -1,0 +1,54 @@
+"""What the command says of itself, and when a part of it is not installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from rich.text import Text
+from typer.testing import CliRunner
+
+from stream.cli import app
+
+ROOT = Path(__file__).parents[2]
+
+
+def commands(command: Any, name: str = "sightwire") -> Iterator[tuple[str, Any]]:
+    """A command and all below it, by what one types."""
+    yield name, command
+    for word, below in getattr(command, "commands", {}).items():
+        yield from commands(below, f"{name} {word}")
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_option_says_what_it_is(name: str) -> None:
+    command = COMMANDS[name]
+    assert command.help and Text.from_markup(command.help).plain == command.help
+    for parameter in command.params:
+        told = getattr(parameter, "help", None)
+        assert told, f"{name}: {parameter.name} has no help"
+        assert Text.from_markup(told).plain == told, (
+            f"{name}: a part of the help of {parameter.name} is taken for markup"
+        )
+
+
+def test_the_version_is_an_option_too() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert done.exit_code == 0 and done.output.startswith("sightwire ")
+
+
+def test_a_module_that_is_not_installed_is_one_line(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['models.basepack'] = None; from stream.cli import main; main()"
+    command = [sys.executable, "-c", code, "export", "base", "--to", str(tmp_path / "pack")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert "models.basepack" in done.stderr and "pip install 'sightwire[train]'" in done.stderr
