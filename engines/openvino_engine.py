@@ -16,6 +16,7 @@ from engines.machine import machine_id
 from engines.manifest import GraphSpec, TensorSpec
 from engines.openvino_axes import put_height_first
 from engines.openvino_runtime import ov
+from engines.openvino_winograd import save_multiplications
 from engines.split import SplitEngine, best_part
 from engines.types import Array, EngineSpec, Tensors
 
@@ -23,7 +24,7 @@ _log = logging.getLogger(__name__)
 _DTYPES = {"u8": "uint8", "i64": "int64", "f32": "float32", "f16": "float16"}
 # A quantised graph says itself what is int8; the rest of it is fp32.
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
-_CHANGES = "height first"
+_CHANGES = "height first, winograd"
 """What is done to a model before it is compiled; engines compiled otherwise are not taken from the cache."""
 _CAPABILITIES = {"bf16": "BF16", "fp16": "FP16"}
 
@@ -107,6 +108,8 @@ def compile_model(path: Path, pack: str, graph: GraphSpec, options: EngineOption
     if _one_by_one(graph):
         # Other free sizes, where there are any, stay free.
         model.reshape({port: [1, *list(port.partial_shape)[1:]] for port in model.inputs})
+        if options.precision == "fp32":
+            save_multiplications(model)
     return _core().compile_model(model, "CPU", _properties(options))
 
 

@@ -32,3 +32,5 @@ ov = _import_runtime()
 ov.Tensor(np.zeros(1, ov.Type.f32.to_dtype()), shared_memory=True).data.sum()
 ops = importlib.import_module("openvino.opset13")
 """Operations to build graphs of."""
+passes = importlib.import_module("openvino.passes")
+"""Rewriting of whole graphs."""
