@@ -92,6 +92,9 @@ def _leave(node: Any, part: dict[str, Any]) -> None:
     outside = [port for port in node.output(0).get_target_inputs() if port.get_node().get_name() not in part]
     if outside:
         back = _exchange(node.output(0))
+        names = node.output(0).get_names()
+        node.output(0).get_tensor().set_names(set())
+        back.get_tensor().set_names(names)
         for port in outside:
             port.replace_source_output(back)
 

@@ -69,6 +69,15 @@ def test_axes_are_exchanged_at_the_borders_only() -> None:
     assert Counter(node.get_type_name() for node in network.get_ordered_ops())["Transpose"] == 2
 
 
+def test_outputs_keep_their_names() -> None:
+    x = ops.parameter([1, 3, 6, 8, 8], np.float32)
+    block = ops.relu(conv(x, 4, (3, 1, 1), begin=(1, 0, 0)))
+    block.output(0).get_tensor().set_names({"map"})
+    network = model(block, x)
+    assert put_height_first(network)
+    assert network.output("map").get_names() == {"map"}
+
+
 def _pooled(x: Any) -> Any:
     pool = ops.max_pool(conv(x, 4, (3, 1, 1)), [1, 2, 2], [1, 1, 1], [0, 0, 0], [0, 0, 0], [1, 2, 2])
     return pool.output(0)
