@@ -8,7 +8,7 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
-from stream.errors import SightwireError
+from stream.errors import SightwireError, no_connection
 
 TIMEOUT_S = 30.0
 """Longer than any answer takes: a source that is removed may need some seconds to end."""
@@ -43,7 +43,7 @@ class Api:
         except urllib.error.HTTPError as error:
             raise ApiError(_reason(error)) from None
         except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", None) or error
+            reason = no_connection(error) or getattr(error, "reason", None) or error
             raise ApiError(
                 f"no service at {self._base} ({reason}); start `sightwire run`, or give --api its address"
             ) from None

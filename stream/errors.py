@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import socket
+from collections.abc import Iterator
+
 
 class SightwireError(Exception):
     """Root; the message is one line with the cause and the remedy, fit for a user to read."""
@@ -53,3 +57,29 @@ class SpoolError(SinkError):
 
 class ClientError(SightwireError):
     """A subscription cannot go on (wrong address, wrong credentials)."""
+
+
+_NO_CONNECTION = {
+    errno.ECONNREFUSED: "connection refused",
+    errno.EHOSTUNREACH: "no route to the host",
+    errno.ENETUNREACH: "the network is unreachable",
+    errno.ETIMEDOUT: "no answer in time",
+}
+
+
+def no_connection(error: BaseException) -> str | None:
+    """Why there is no connection, in a few words: of an ``OSError`` that ``error`` is or came from, else ``None``."""
+    for cause in _causes(error):
+        if isinstance(cause, socket.gaierror):
+            return "no such host"
+        if isinstance(cause, OSError) and cause.errno in _NO_CONNECTION:
+            return _NO_CONNECTION[cause.errno]
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        reason = getattr(found, "reason", None)  # of urllib
+        found = reason if isinstance(reason, BaseException) else found.__cause__ or found.__context__

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Final, cast
 
 from redis.asyncio import Redis
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError, ReadOnlyError, ResponseError
 
 from stream.errors import EventRejected, SinkError
 from stream.sinks.cloudevent import FIELDS, event_fields
@@ -78,11 +78,16 @@ class RedisSink:
             raise SinkError("not a Redis address; use redis://:password@host:port/db", retryable=False) from None
 
     async def check(self) -> str:
-        """Version of the server, e.g. ``valkey 9.1.2``. Raises ``SinkError`` when it cannot be used."""
+        """Version of the server, e.g. ``valkey 9.1.2``. Raises ``SinkError`` when events cannot be published to it."""
         try:
             info = await self._client.info("server")
+            role = await self._client.info("replication")
         except FOREIGN as error:
             raise self._mapped(error) from None
+        if role.get("role") == "slave" and role.get("slave_read_only", 1):
+            raise self._mapped(ReadOnlyError())
+        # Nothing is appended: whether this user may run the script.
+        await self._append("source", [], [])
         return str(info.get("server_name", "redis")) + " " + str(info.get("valkey_version", info.get("redis_version")))
 
     async def publish(self, events: Sequence[Event]) -> list[bool]:

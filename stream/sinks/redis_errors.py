@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from stream.errors import no_connection
 from stream.source_settings import redacted_url
 
 FOREIGN = (redis_errors.RedisError, OSError)
@@ -57,7 +58,8 @@ _BY_TYPE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, bool, 
         (redis_errors.NoPermissionError, redis_errors.AuthorizationError),
         "permission",
         False,
-        "does not let this user run a command it needs; allow it EVALSHA, EVAL, XADD, SET and EXISTS on the prefix",
+        "does not let this user run a command it needs; to publish it needs +info +client|setname +evalsha +eval +xadd "
+        "+set +exists on the keys of redis.prefix",
     ),
     (redis_errors.BusyLoadingError, "loading", True, "is still loading its data"),
     (redis_errors.ReadOnlyError, "readonly", True, "is a read-only replica; give the address of the primary"),
@@ -74,14 +76,25 @@ _BY_TYPE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, bool, 
         False,
         "is a node of a cluster that does not hold this key; give the address of the node that does, or of a proxy",
     ),
-    (redis_errors.TimeoutError, "timeout", True, "did not answer in time"),
+    (
+        redis_errors.TimeoutError,
+        "timeout",
+        True,
+        "did not answer in time; check the address, and rediss:// for TLS or redis:// without",
+    ),
     (redis_errors.InvalidResponse, "protocol", False, "does not speak the Redis protocol; check the address"),
-    ((redis_errors.ConnectionError, OSError), "connection", True, "cannot be reached"),
+    (
+        (redis_errors.ConnectionError, OSError),
+        "connection",
+        True,
+        "cannot be reached; check the address, and that it runs",
+    ),
 )
 
 _BY_CODE = {
     "MISCONF": ("misconf", True, "refuses writes because it cannot save to its disk"),
     "NOREPLICAS": ("noreplicas", True, "refuses writes because too few replicas are in reach"),
+    "DB index": ("database", False, "has no database of that number; correct the one at the end of the address"),
     "BUSY": ("busy", True, "is busy running a script"),
     "WRONGTYPE": ("wrongtype", False, "holds something that is not a stream under this key; use another redis.prefix"),
 }
@@ -92,8 +105,11 @@ def explain(error: Exception, url: str) -> Failure:
     where = f"Redis at {redacted_url(url)}"
     for kinds, reason, retryable, text in _BY_TYPE:
         if isinstance(error, kinds):
-            detail = "" if reason in ("auth", "timeout") else _detail(error)
-            return Failure(reason, f"{where} {text}{detail}", retryable)
+            if reason == "connection" and (why := no_connection(error)) is not None:
+                text = text.replace(";", f" ({why});", 1)
+            elif reason not in ("auth", "timeout"):
+                text += _detail(error)
+            return Failure(reason, f"{where} {text}", retryable)
     code = next((code for code in _BY_CODE if code in str(error)), None)
     if code is not None:
         reason, retryable, text = _BY_CODE[code]

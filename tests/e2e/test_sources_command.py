@@ -158,4 +158,4 @@ def test_a_file_that_is_being_written_swapped_or_gone(tmp_path: Path, tiny_pack:
 def test_no_service_is_one_line(tmp_path: Path, port: int) -> None:
     done = sightwire(tmp_path, "sources", "list")
     assert done.code == 1 and len(done.errors) == 1
-    assert done.err.startswith(f"error: no service at http://127.0.0.1:{port} ")
+    assert done.err.startswith(f"error: no service at http://127.0.0.1:{port} (connection refused); ")

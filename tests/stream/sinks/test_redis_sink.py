@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,25 @@ async def test_a_frozen_server_is_a_timeout_to_retry(server: Any, sink: Any, red
     await hasty.aclose()
 
 
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ("127.0.0.1:{free}", r"cannot be reached \(connection refused\); check the address"),
+        ("nobody.invalid:{free}", r"cannot be reached \(no such host\); check the address"),
+        ("127.0.0.1:{used}/99", "has no database of that number; correct"),
+    ],
+)
+async def test_what_is_wrong_with_an_address_is_said_with_the_remedy(server: Any, place: str, expected: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        free = taken.getsockname()[1]
+    url = "redis://" + place.format(free=free, used=server.url.rpartition(":")[2])
+    sink = RedisSink(url, timeout_s=PATIENCE_S, connect_timeout_s=PATIENCE_S)
+    with pytest.raises(SinkError, match=expected) as caught:
+        await sink.check()
+    assert "Errno" not in str(caught.value) and "Error 1" not in str(caught.value)
+    await sink.aclose()
+
+
 async def test_a_dead_server_is_a_lost_connection_to_retry(server: Any, sink: Any, make_event: Any) -> None:
     await sink.publish([make_event(1)])
     await server.kill()
@@ -184,14 +204,23 @@ async def test_a_replica_is_retried(sink: Any, redis: Any, make_event: Any) -> N
     with pytest.raises(SinkError, match="primary") as caught:
         await sink.publish([make_event(1)])
     assert (caught.value.retryable, caught.value.reason) == (True, "readonly")
+    with pytest.raises(SinkError, match=r"read-only replica; give the address of the primary$"):
+        await sink.check()
 
 
 async def test_a_user_without_the_right_is_told(server: Any, redis: Any, make_event: Any) -> None:
     await redis.execute_command("ACL", "SETUSER", "svc", "on", ">pw", "~*", "+@all", "-eval", "-evalsha")
     sink = RedisSink(server.url.replace("redis://", "redis://svc:pw@"))
-    with pytest.raises(SinkError, match="allow it") as caught:
+    with pytest.raises(SinkError, match="it needs") as caught:
         await sink.publish([make_event(1)])
     assert (caught.value.retryable, caught.value.reason) == (False, "permission")
+    with pytest.raises(SinkError, match="it needs"):
+        await sink.check()
+    # What the message asks for is enough.
+    needed = re.findall(r"\+[a-z|]+", str(caught.value).partition("(")[0])
+    await redis.execute_command("ACL", "SETUSER", "svc", "reset", "on", ">pw", "~sightwire:*", *needed)
+    assert "valkey" in await sink.check()
+    assert await sink.publish([make_event(1)]) == [True]
     await sink.aclose()
 
 
