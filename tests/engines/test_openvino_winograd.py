@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,9 @@ import pytest
 pytest.importorskip("openvino")
 
 from engines import openvino_winograd
+from engines.backends import EngineOptions
+from engines.manifest import GraphSpec, TensorSpec
+from engines.openvino_engine import compile_model
 from engines.openvino_runtime import ops, ov
 from engines.openvino_winograd import save_multiplications
 from engines.types import Array
@@ -193,6 +197,30 @@ def _assert_stays(x: Any, change: dict[str, Any]) -> None:
     network = ov.Model([ops.result(end)], inputs, "m")
     assert save_multiplications(network) == 0
     assert kinds(network)["Convolution"] == 1
+
+
+def test_engines_use_it_in_fp32_alone(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    text = """<ir_version: 8, opset_import: ["" : 18]>
+    g (float[batch, 64, 8, 12, 12] x, float[64, 64, 3, 3, 3] w) => (float[batch, 64, 8, 12, 12] y) {
+      y = Conv <pads = [1, 1, 1, 1, 1, 1]> (x, w)
+    }"""
+    network = onnx.parser.parse_model(text)
+    kernel = onnx.numpy_helper.from_array(frames(64, 64, 3, 3, 3) / 64, "w")
+    network.graph.input.pop()
+    network.graph.initializer.append(kernel)
+    onnx.save(network, tmp_path / "g.onnx")
+    maps = TensorSpec(name="x", dtype="float32", shape=("batch", 64, 8, 12, 12))
+    made = maps.model_copy(update={"name": "y"})
+    graph = GraphSpec(name="g", file="g.onnx", sha256="0" * 64, inputs=(maps,), outputs=(made,))
+    x = frames(1, 64, 8, 12, 12)
+    results = []
+    for precision, convolutions in (("fp32", 12), ("int8", 1)):
+        compiled = compile_model(tmp_path / "g.onnx", "p", graph, EngineOptions(precision))
+        layers = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()]
+        assert layers.count("Convolution") == convolutions
+        results.append(compiled.create_infer_request().infer([x])[0])
+    np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-4)
 
 
 def _is_conv(node: Any) -> bool:
