@@ -16,6 +16,7 @@ from stream.clock import Clock, SystemClock
 from stream.errors import SettingsError, SinkError, SourceError
 from stream.http.app import create_app
 from stream.http.packs import packs_router
+from stream.http.page import page_router
 from stream.http.server import bind, serving
 from stream.http.sources import sources_router
 from stream.http.whip import Whip
@@ -235,9 +236,11 @@ async def _run_and_publish(
                     store = SourceStore(home() / SOURCES_FILE)
                     stack.callback(store.close)
                     service.sources.keep_in(store, await asyncio.to_thread(store.open))
+                serving_packs, failed_packs = (lambda: service.packs), (lambda: list(service.failed_packs.values()))
                 routers = (
+                    page_router(service.sources, clock, serving_packs, failed_packs, service.swaps),
                     sources_router(service.sources, clock, settings.api.max_sources),
-                    packs_router(lambda: service.packs, lambda: list(service.failed_packs.values()), service.swaps),
+                    packs_router(serving_packs, failed_packs, service.swaps),
                 )
                 service.publications = Publications()
                 whip = Whip(service.sources, service.publications, settings, clock, service.ledger)

@@ -36,7 +36,7 @@ def print_addresses(console: Console, where: Addresses, settings: Settings) -> N
         console.print(f"  events   {where.redis} ({what}); from another terminal:")
         console.print(f"           [bold]{escape(_command())} events --follow{escape(there)}[/]")
     if where.http is not None:
-        console.print(f"  metrics  {where.http}/metrics")
+        console.print(f"  page     {where.http}/ (state of sources and packs), {where.http}/metrics")
     console.print("  Ctrl-C ends it.\n")
 
 

@@ -46,8 +46,22 @@ def create_app(
     def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
         """One line, as every other refusal."""
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return JSONResponse({"detail": f"the body is not JSON: {first['ctx']['error']}"}, 422)
+        if tuple(first["loc"]) == ("body",):
+            return JSONResponse({"detail": 'the body must be a JSON object, {"key": value}'}, 422)
         where = ".".join(str(part) for part in first["loc"])
         return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
+
+    @app.exception_handler(404)
+    def unknown(request: Request, error: HTTPException) -> JSONResponse:
+        """Routes say themselves what is not there; for the rest, where to look."""
+        said = (
+            error.detail
+            if error.detail != "Not Found"
+            else f"there is no {request.url.path}; docs/api.md lists what is"
+        )
+        return JSONResponse({"detail": said}, 404, error.headers)
 
     @app.get("/healthz")
     def healthz() -> dict[str, str]:

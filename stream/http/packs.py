@@ -192,10 +192,12 @@ def packs_router(
         return serving + [failure_report(pack) for pack in failed()]
 
     @router.post("/{name}:swap", status_code=202)
-    async def swap(name: str, fields: Annotated[dict[str, Any], Body()], response: Response) -> SwapReport:
+    async def swap(
+        name: str, response: Response, fields: Annotated[dict[str, Any] | None, Body()] = None
+    ) -> SwapReport:
         """Begin to put another pack in its place; ``Location`` says where to look how it goes."""
         with _refusals():
-            begun = await swaps.begin(name, SwapRequest.model_validate(fields))
+            begun = await swaps.begin(name, SwapRequest.model_validate(fields or {}))
         response.headers["Location"] = f"/v1/packs/{name}/swap"
         return swap_report(begun)
 

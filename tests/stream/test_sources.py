@@ -17,6 +17,7 @@ import pytest
 
 from stream.clock import SystemClock
 from stream.http.app import create_app
+from stream.http.page import page_router
 from stream.http.sources import sources_router
 from stream.packs import load_packs
 from stream.service import Service
@@ -62,7 +63,10 @@ async def serving(tiny_pack: Path, home: Path, store: SourceStore | None = None,
         settings.http,
         service.metrics.registry,
         service.ready.is_set,
-        [sources_router(service.sources, clock, settings.api.max_sources)],
+        [
+            sources_router(service.sources, clock, settings.api.max_sources),
+            page_router(service.sources, clock, lambda: service.packs, lambda: [], service.swaps),
+        ],
     )
     running = asyncio.create_task(service.run())
     await service.ready.wait()
