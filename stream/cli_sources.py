@@ -11,7 +11,7 @@ import typer
 import yaml
 from pydantic import SecretStr
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from stream.api import Api, ApiError, quoted
 from stream.settings import load_settings
@@ -61,13 +61,14 @@ def list_sources(api: ApiOption = None, as_json: JsonOption = False) -> None:
     if not found:
         out.print("no sources; add one with `sightwire sources add ID URL`")
         return
-    table = Table("source", "state", "for", "reconnects", "next try", "address", box=None)
+    whole = (Column(name, overflow="fold") for name in ("source", "address"))
+    table = Table(next(whole), "state", "for", "reconnects", "next try", next(whole), box=None)
     for one in found:
         table.add_row(*_row(one))
     out.print(table)
     for one in found:
         if one["cause"] and one["state"] not in ("live", "ended", "paused"):
-            out.print(f" {escape(one['cause'])}")
+            out.print(f" {escape(one['id'])}: {_cause(one)}")
 
 
 def _row(one: dict[str, Any]) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from typing import TextIO
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -11,8 +13,17 @@ from rich.logging import RichHandler
 from stream.secrets import SecretFilter
 from stream.sinks.console import ToldConsole
 
-out = ToldConsole(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+PIPE_WIDTH = 400
+"""Columns in a pipe: a table's row is one line there, whole, for other programs to search."""
+
+
+def _width(stream: TextIO) -> int | None:
+    """Of a console; ``None`` leaves it to the terminal, or to ``COLUMNS``."""
+    return None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+
+
+out = ToldConsole(highlight=False, soft_wrap=True, width=_width(sys.stdout))
+err = Console(stderr=True, highlight=False, soft_wrap=True, width=_width(sys.stderr))
 
 
 def set_up_logging(verbose: bool = False) -> None:
@@ -25,5 +36,5 @@ def set_up_logging(verbose: bool = False) -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
     handler.addFilter(SecretFilter())
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
-    for noisy in ("uvicorn", "asyncio", "httpx", "onnx_ir", "onnxscript", "torch"):
+    for noisy in ("uvicorn", "asyncio", "httpx", "onnx_ir", "onnxscript", "torch", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

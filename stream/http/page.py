@@ -89,7 +89,10 @@ def _source(one: SourceReport) -> str:
         f"{one.since_s:.0f}&nbsp;s",
         str(sum(one.reconnects.values())),
         str(one.frames["decoded"]),
-        escape(one.url) + ("" if at_work or not one.cause else f"<small>{escape(one.cause)}</small>"),
+        escape(one.url)
+        + (
+            "" if at_work or not one.cause else f"<small>{escape(one.cause.removeprefix(f'source {one.id}: '))}</small>"
+        ),
     )
     return _row(cells)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,3 +53,10 @@ def test_a_module_that_is_not_installed_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert "models.basepack" in done.stderr and "pip install 'sightwire[train]'" in done.stderr
+
+
+def test_a_row_of_a_table_is_one_whole_line_in_a_pipe() -> None:
+    code = "from rich.table import Table; from stream.terminal import out; t = Table('a'); t.add_row('x' * 300); out.print(t)"
+    alone = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=alone, capture_output=True, text=True, check=True)
+    assert any("x" * 300 in line for line in done.stdout.splitlines())
