@@ -94,7 +94,7 @@ def terminal_tables(found: Verification) -> Iterator[RenderableType]:
 
 
 def _table(*titles: str) -> Table:
-    table = Table(show_edge=False, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for title in ("graph", "backend", "precision"):
         table.add_column(title)
     for title in titles:
@@ -115,7 +115,7 @@ def _errors(found: Verification) -> Table:
 
 def _latencies(found: Verification) -> Table:
     sizes = _sizes(found)
-    table = _table(*(title for n in sizes for title in (f"batch {n}: p50 ms", "p95 ms", "items/s")))
+    table = _table(*(title for n in sizes for title in (f"batch {n}\np50 ms", "\np95 ms", "\nitems/s")))
     for one in found.results:
         if one.parity is not None:
             times = _times(one.parity)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from stream.api import Api, quoted
 from stream.cli_sources import ApiOption, JsonOption, api_of
-from stream.terminal import err, out
+from stream.terminal import err, out, print_whole
 
 packs_app = typer.Typer(help="The packs of a running service.", no_args_is_help=True)
 
@@ -31,7 +31,7 @@ def list_packs(api: ApiOption = None, as_json: JsonOption = False) -> None:
     table = Table("name", "state", "pack", "backend", "heads", "largest parity error", box=None)
     for one in found:
         table.add_row(*_row(one))
-    out.print(table)
+    print_whole(out, table)
     for one in found:
         if one["cause"]:
             out.print(f"[bold red]{escape(one['name'])}[/]: {escape(one['cause'])}")

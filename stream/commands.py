@@ -18,6 +18,7 @@ from engines.errors import EngineError, ParityFailed
 from engines.manifest import MANIFEST_FILE, PARITY_FILE, PRECISIONS, Mode, Precision, file_sha256, read_manifest
 from engines.open import find_pack
 from stream.errors import SettingsError
+from stream.terminal import print_whole
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "models" / "weights"
 """Trained weights that come with the package."""
@@ -140,7 +141,7 @@ def compile_engines(
         said = "not run" if one.not_run else "chosen" if one.chosen else ""
         size = f"{one.size / 1e6:.1f}" if one.size else ""
         table.add_row(one.graph, one.backend, one.precision, f"{one.seconds:.1f}", size, error, speed, said)
-    console.print(table)
+    print_whole(console, table)
     for reason in dict.fromkeys(one.not_run for one in results if one.not_run):
         console.print(f"not run: {reason}")
 
@@ -189,7 +190,7 @@ def verify(
     except ExportError as error:
         raise SettingsError(str(error)) from error
     for part in terminal_tables(found):
-        console.print(part)
+        print_whole(console, part)
     if html is not None:
         try:
             write_report(html, found)
@@ -211,7 +212,7 @@ def list_engines(console: Console) -> None:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used_at))
         said = (key.backend + " " + key.version, key.precision, key.device) if key else ("unreadable", "", "")
         table.add_row(*said, f"{entry.size / 1e6:.1f}", used)
-    console.print(table)
+    print_whole(console, table)
     console.print(f"{len(entries)} engines, {sum(entry.size for entry in entries) / 1e6:.1f} MB in {_engines()}")
 
 
@@ -341,7 +342,7 @@ def print_numbers(console: Console, numbers: Mapping[str, float | None]) -> None
         low, high = numbers.get(f"{key}_low"), numbers.get(f"{key}_high")
         interval = "" if low is None or high is None else f"{low:.3f} - {high:.3f}"
         table.add_row(key, _figure(value), interval, _figure(numbers.get(f"{key}_baseline")))
-    console.print(table)
+    print_whole(console, table)
 
 
 def _figure(value: float | None) -> str:

@@ -7,8 +7,10 @@ import os
 import sys
 from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
+from rich.table import Table
+from rich.text import Text
 
 from stream.secrets import SecretFilter
 from stream.sinks.console import ToldConsole
@@ -24,6 +26,18 @@ def _width(stream: TextIO) -> int | None:
 
 out = ToldConsole(highlight=False, soft_wrap=True, width=_width(sys.stdout))
 err = Console(stderr=True, highlight=False, soft_wrap=True, width=_width(sys.stderr))
+
+
+def print_whole(console: Console, what: RenderableType) -> None:
+    """Print a table so that no cell is cut: where the terminal is narrower than its rows, it breaks them."""
+    natural = console.measure(what, options=console.options.update(max_width=PIPE_WIDTH)).maximum
+    if not isinstance(what, Table) or natural <= console.width:
+        console.print(what)
+        return
+    wide = Console(width=natural, highlight=False, force_terminal=console.is_terminal)
+    with wide.capture() as capture:
+        wide.print(what)
+    console.print(Text.from_ansi(capture.get().rstrip("\n")), soft_wrap=True)
 
 
 def set_up_logging(verbose: bool = False) -> None:

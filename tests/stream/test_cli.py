@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 from typer.testing import CliRunner
 
 from stream.cli import app
+from stream.terminal import print_whole
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +60,18 @@ def test_a_module_that_is_not_installed_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_row_of_a_table_is_one_whole_line_in_a_pipe() -> None:
-    code = "from rich.table import Table; from stream.terminal import out; t = Table('a'); t.add_row('x' * 300); out.print(t)"
+    code = "import rich.table as r, stream.terminal as s; t = r.Table('a'); t.add_row('x' * 300); s.out.print(t)"
     alone = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=alone, capture_output=True, text=True, check=True)
     assert any("x" * 300 in line for line in done.stdout.splitlines())
+
+
+def test_no_cell_is_cut_where_the_terminal_is_narrow() -> None:
+    table = Table("name", "value")
+    table.add_row("a" * 30, "b" * 30)
+    for width, lines in ((40, 2), (80, 2)):
+        console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+        print_whole(console, table)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "a" * 30 in text and "b" * 30 in text and "…" not in text
+        assert sum("b" in line or "a" * 30 in line for line in text.splitlines()) <= lines
