@@ -301,10 +301,15 @@ def evaluate_base(console: Console, model: str, *, data: Path | None, out: Path 
     weights = Path(model) if Path(model).is_dir() else WEIGHTS / model
     if not list(weights.glob("*.safetensors")):
         raise SettingsError(f"{model} is evaluated on a manifest; give one (sightwire import writes it)")
+    where_data = data or Path("../shared/data")
+    if not where_data.is_dir():
+        raise SettingsError(
+            f"no folder {where_data}; give --data the one that holds actions, sounds and segmentation (see the card)"
+        )
     pack = home / "packs" / weights.name
     export_pack(console, weights.name, pack, force=False)
     try:
-        numbers = evaluate_weights(weights, data or Path("../shared/data"))
+        numbers = evaluate_weights(weights, where_data)
         numbers.update(pack_cost(pack).flat())
         where = write_metrics(out or weights, numbers)
     except ModelError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import os
 import platform
@@ -24,6 +25,10 @@ from stream.source_settings import redacted_url
 
 SYSTEM_PYTHON = "/usr/bin/python3"
 """The interpreter that Debian's GStreamer bindings belong to."""
+
+
+LEAST_FREE = 256 << 20
+"""Bytes in the home folder; with less the embedded server and the spool soon cannot write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +76,31 @@ def _home() -> Check:
         return Check("home", False, f"{folder}: {error.strerror}; set SIGHTWIRE_HOME to a folder you can write")
     if not os.access(folder, os.W_OK):
         return Check("home", False, f"{folder} cannot be written; set SIGHTWIRE_HOME to a folder you can write")
-    free = shutil.disk_usage(folder).free // 2**30
-    return Check("home", True, f"{folder}, {free} GiB free")
+    free = shutil.disk_usage(folder).free
+    held = ", ".join(f"{name} {_size(size)}" for name, size in _held(folder) if size)
+    told = f"{folder}, {_size(free)} free" + (f"; holds {held}" if held else "")
+    if free < LEAST_FREE:
+        return Check("home", False, f"{told}; free some space, or set SIGHTWIRE_HOME to a folder with more")
+    return Check("home", True, told)
+
+
+def _held(folder: Path) -> list[tuple[str, int]]:
+    """What the home folder holds, in bytes."""
+    spool = sum(_bytes(path) for path in folder.glob("spool.db*"))
+    return [("packs", _bytes(folder / "packs")), ("events in Valkey", _bytes(folder / "valkey")), ("spool", spool)]
+
+
+def _bytes(path: Path) -> int:
+    total = 0
+    for found in [path, *path.rglob("*")]:
+        # Files come and go while a service runs.
+        with contextlib.suppress(OSError):
+            total += found.stat().st_size if found.is_file() else 0
+    return total
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.0f} GiB" if size >= 10 * 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def _ffmpeg() -> Check:

@@ -228,7 +228,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
+        raise SettingsError(
+            f"{path}: cannot be read: {error.strerror}; give --config the path of a YAML file"
+        ) from error
     except UnicodeDecodeError:
         raise SettingsError(f"{path}: not a text file in UTF-8") from None
     try:

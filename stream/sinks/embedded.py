@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import signal
 import socket
 import sys
@@ -53,6 +54,8 @@ DIE_WITH_PARENT: Final = (
 )
 _ATTEMPTS: Final = 3
 _POLL_S: Final = 0.005
+_LEAST_FREE: Final = 1 << 20
+"""Bytes without which the server cannot even write its log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +251,9 @@ class EmbeddedServer:
                 lines = (self._folder / name).read_text(encoding="utf-8", errors="replace").split("\n")
                 if told := [line.strip() for line in lines if line.strip()]:
                     return f"{told[-1][-200:]} (see {self._folder / name})"
-        return f"no log in {self._folder}"
+        free = shutil.disk_usage(self._folder).free
+        why = "the disk is full; free some space" if free < _LEAST_FREE else "run `sightwire doctor`"
+        return f"it left no log in {self._folder}; {why}"
 
 
 async def running_url(folder: Path) -> str | None:

@@ -18,6 +18,7 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from stream.cli import app
+from stream.errors import SettingsError
 from stream.terminal import print_whole
 
 ROOT = Path(__file__).parents[2]
@@ -75,3 +76,8 @@ def test_no_cell_is_cut_where_the_terminal_is_narrow() -> None:
         text = console.file.getvalue()  # type: ignore[attr-defined]
         assert "a" * 30 in text and "b" * 30 in text and "…" not in text
         assert sum("b" in line or "a" * 30 in line for line in text.splitlines()) <= lines
+
+
+def test_evaluating_the_base_pack_without_its_data_says_so_at_once(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["evaluate", "base", "--data", str(tmp_path / "none")])
+    assert isinstance(done.exception, SettingsError) and "give --data" in str(done.exception)

@@ -1,0 +1,51 @@
+"""What `sightwire doctor` finds, on this very machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stream import doctor
+from stream.doctor import Check, examine
+from stream.settings import load_settings
+
+
+async def findings() -> dict[str, Check]:
+    return {check.name: check for check in await examine(load_settings(None, {}))}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SIGHTWIRE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+async def test_a_fresh_machine_is_told_the_next_step(home: Path) -> None:
+    found = await findings()
+    assert found["home"].ok and str(home) in found["home"].finding
+    assert found["packs"].ok is None and "sightwire export base" in found["packs"].finding
+    assert found["Redis"].ok and "embedded" in found["Redis"].finding
+    assert found["backend onnxruntime"].ok
+
+
+async def test_it_says_what_the_home_folder_holds(home: Path) -> None:
+    (home / "packs" / "mine").mkdir(parents=True)
+    (home / "packs" / "mine" / "net.onnx").write_bytes(bytes(3 << 20))
+    (home / "spool.db").write_bytes(bytes(1 << 20))
+    found = (await findings())["home"].finding
+    assert "packs 3.0 MiB" in found and "spool 1.0 MiB" in found
+
+
+async def test_a_disk_that_is_nearly_full_is_not_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "LEAST_FREE", 1 << 62)
+    home = (await findings())["home"]
+    assert home.ok is False and "free some space" in home.finding
+
+
+async def test_a_home_that_cannot_be_made_says_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SIGHTWIRE_HOME", str(tmp_path / "file" / "home"))
+    found = await findings()
+    assert found["home"].ok is False and "set SIGHTWIRE_HOME" in found["home"].finding
+    assert found["Redis"].ok is False and "set SIGHTWIRE_HOME" in found["Redis"].finding
