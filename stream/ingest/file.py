@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from os import SEEK_END
 from pathlib import Path
@@ -40,14 +40,22 @@ class Pacer:
     due_ns: int
     """When the newest packet was due (monotonic)."""
     _media_ns: int | None = None
+    _last_ns: dict[int, int] = field(default_factory=dict)
 
-    def due(self, media_ns: int) -> int:
-        """Due time of a packet with this decoding time; a jump of the timestamps takes no time."""
-        last_ns = self._media_ns
-        if last_ns is None or not last_ns - BACKSTEP_NS <= media_ns <= last_ns + JUMP_NS:
+    def due(self, media_ns: int, stream: int = 0) -> int:
+        """Due time of a packet of a stream with this decoding time; a jump of the timestamps takes no time.
+
+        A stream that lies behind another in the file, by however much, has not jumped: files hold stretches of each
+        in turn.
+        """
+        last_ns, newest_ns = self._last_ns.get(stream), self._media_ns
+        self._last_ns[stream] = media_ns
+        if newest_ns is None or (
+            last_ns is not None and not _follows(media_ns, last_ns) and not _follows(media_ns, newest_ns)
+        ):
             self._media_ns = media_ns
-        elif media_ns > last_ns:
-            self.due_ns += media_ns - last_ns
+        elif newest_ns < media_ns <= newest_ns + JUMP_NS:
+            self.due_ns += media_ns - newest_ns
             self._media_ns = media_ns
         return self.due_ns
 
@@ -55,6 +63,11 @@ class Pacer:
         """The file begins again, this long after its last packet."""
         self.due_ns += pause_ns
         self._media_ns = None
+        self._last_ns.clear()
+
+
+def _follows(media_ns: int, last_ns: int) -> bool:
+    return last_ns - BACKSTEP_NS <= media_ns <= last_ns + JUMP_NS
 
 
 class FileSource:
@@ -174,7 +187,9 @@ class FileSource:
             if pacer is None:
                 yield packet, self._clock.monotonic_ns()
                 continue
-            due_ns = pacer.due_ns if packet.dts is None else pacer.due(to_ns(packet.dts, bases[packet.stream_index]))
+            due_ns = pacer.due_ns
+            if packet.dts is not None:
+                due_ns = pacer.due(to_ns(packet.dts, bases[packet.stream_index]), packet.stream_index)
             wait_ns = due_ns - self._clock.monotonic_ns()
             if wait_ns > 0:
                 stop.wait(wait_ns / NS_PER_S)

@@ -233,7 +233,7 @@ class NetworkSource:
             if connection.patience is None and newest_ns - asked_ns >= stall_ns:
                 raise link.failure(Failure.STALLED)
             if pacer is not None and packet.dts is not None:
-                due_ns = pacer.due(to_ns(packet.dts, packet.time_base))
+                due_ns = pacer.due(to_ns(packet.dts, packet.time_base), packet.stream_index)
                 if newest_ns - due_ns > BEHIND_NS:
                     pacer.due_ns = newest_ns
                 elif due_ns > newest_ns:

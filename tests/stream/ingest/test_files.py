@@ -336,6 +336,32 @@ def test_pacing_ignores_jumps() -> None:
     assert pacer.due(7) == 165
 
 
+def test_stretches_of_video_and_audio_in_turn_are_paced_as_one() -> None:
+    """A file that holds a second of each at a time does not take twice as long."""
+    pacer, frame_ns, chunk_ns = Pacer(0), NS_PER_S // 10, NS_PER_S // 50
+    due = {0: 0, 1: 0}
+    for second in range(20):
+        for stream, step_ns in ((0, frame_ns), (1, chunk_ns)):
+            for number in range(NS_PER_S // step_ns):
+                at_ns = second * NS_PER_S + number * step_ns
+                due[stream] = pacer.due(at_ns, stream)
+                assert at_ns <= due[stream] <= at_ns + NS_PER_S, "never early, and late by what lies in between"
+    assert due[0] == 20 * NS_PER_S - frame_ns
+
+
+def test_a_jump_of_both_streams_takes_no_time_wherever_the_other_is() -> None:
+    pacer = Pacer(0)
+    pacer.due(0, 0), pacer.due(0, 1)
+    assert pacer.due(10, 0) == 10
+    for base in (3600 * NS_PER_S, 0):
+        before = pacer.due_ns
+        assert pacer.due(base, 0) == before
+        # The other has not jumped yet.
+        assert pacer.due((20 if base else 3600 * NS_PER_S + 50), 1) == before
+        assert pacer.due(base + 30, 1) - before <= 30
+        assert pacer.due(base + 40, 0) - before <= 40
+
+
 def test_file_addresses() -> None:
     assert file_path("file:///data/a%20b.mp4") == Path("/data/a b.mp4")
     assert file_path("clips/a%20b.mp4") == Path("clips/a%20b.mp4")
