@@ -28,14 +28,17 @@ SPLITS: dict[str, Split] = {
 
 
 def class_folders(folder: Path, group: str | None) -> Iterator[Row]:
-    """``CLASS/file`` or ``train/CLASS/file``; ``group`` is a pattern whose first parenthesis names the source."""
+    """``CLASS/file`` or ``train/CLASS/file``.
+
+    ``group`` is a pattern whose first parenthesis finds the source in the file's name, or else in its path.
+    """
     tops = [path for path in _folders(folder) if path.name in SPLITS]
     for top in tops or [folder]:
         split: Split = SPLITS[top.name] if tops else "train"
         for label in _folders(top):
             for path in _media(label, MEDIA):
-                name = _group(path.relative_to(folder).as_posix(), group)
-                yield Row(path=path, labels={"class": (label.name,)}, split=split, group=name)
+                source = _group(path.name, group, path.relative_to(folder).as_posix())
+                yield Row(path=path, labels={"class": (label.name,)}, split=split, group=source)
 
 
 def kinetics(folder: Path) -> Iterator[Row]:
@@ -134,12 +137,16 @@ def _number(table: Path, line: int, text: str) -> float:
         raise DataError(f"{table}:{line}: {text!r} is not a number; correct the table") from None
 
 
-def _group(name: str, pattern: str | None) -> str:
+def _group(name: str, pattern: str | None, path: str = "") -> str:
     if pattern is None:
         return ""
-    match = re.search(pattern, name)
-    if match is None or not match.groups():
-        raise DataError(f"{name}: the pattern {pattern!r} finds no source in it; give one with a parenthesis that does")
+    try:
+        match = re.search(pattern, name) or re.search(pattern, path)
+    except re.error as error:
+        raise DataError(f"--group {pattern}: not a pattern of regular expressions ({error}); correct it") from None
+    if match is None or not match.groups() or match[1] is None:
+        told = f"{path or name}: the pattern {pattern} finds no source in it"
+        raise DataError(f"{told}; give one with a parenthesis that does")
     return match[1]
 
 

@@ -92,8 +92,14 @@ def test_folder_per_class(tmp_path: Path) -> None:
     assert found_labels(manifest) == {"class": ("run", "walk")}
     free = import_folder("classes", folder, tmp_path / "m.csv", ImportOptions(independent=True))
     assert {row.split for row in free.rows} == {"train", "val"}
-    with pytest.raises(DataError, match="finds no source"):
-        import_folder("classes", folder, tmp_path / "m.csv", ImportOptions(group=r"camera(\d)"))
+    # By the file's name alone, as the documentation has it, or by a folder's.
+    by_name = import_folder("classes", folder, tmp_path / "m.csv", ImportOptions(group=r"^(\w)_", val_share=0.25))
+    assert Counter(row.split for row in by_name.rows) == {"train": 36, "val": 12}
+    by_path = import_folder("classes", folder, tmp_path / "m.csv", ImportOptions(group=r"^\w+/(\w)", val_share=0.25))
+    assert {row.group for row in by_path.rows} == set("abcdefgh")
+    for pattern, expected in ((r"camera(\d)", "finds no source"), ("(", "not a pattern")):
+        with pytest.raises(DataError, match=expected):
+            import_folder("classes", folder, tmp_path / "m.csv", ImportOptions(group=pattern))
 
 
 def test_folder_per_class_with_splits(tmp_path: Path) -> None:
