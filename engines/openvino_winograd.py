@@ -39,6 +39,8 @@ _OUTPUTS = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0
 _POINTS = len(_INPUTS)
 _WORTH = 35
 """Multiplications that must be saved for each number that is moved, as measured (docs/engines.md)."""
+_MOST_SLICES = 128
+"""Each costs about 7 ms to compile and 0.35 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,9 @@ class _Layer:
         return _POINTS * whole + (_POINTS - 1) * (rest > 0)
 
     def gains(self) -> bool:
-        """Whether the multiplications saved outweigh the numbers moved."""
+        """Whether the multiplications saved outweigh the numbers moved, in few enough parts."""
+        if self.size > _MOST_SLICES:
+            return False
         outputs, inputs, _, *window = self.kernel.shape
         area = prod(_lengths(self.node.output(0))[_AXIS + 1 :])
         weights = outputs * inputs * prod(window)

@@ -184,6 +184,11 @@ def test_other_convolutions_stay(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("always")
+def test_layers_of_very_many_slices_stay() -> None:
+    _assert_stays(ops.parameter([1, 3, 129, 5, 6], np.float32), {})
+
+
+@pytest.mark.usefixtures("always")
 def test_kernels_and_sizes_that_are_not_known_stay() -> None:
     _assert_stays(ops.parameter([1, 3, 8, 5, 6], np.float32), {"kernel": ops.parameter([4, 3, 3, 3, 3], np.float32)})
     for free in (2, 3, 4):
