@@ -161,7 +161,10 @@ def _alike(user: Any, node: Any) -> bool:
     if user.get_type_name() != "Add" or user.get_output_partial_shape(0) != node.get_output_partial_shape(0):
         return False
     others = _others(user, node)
-    return len(others) == 1 and _constant(others[0]) and list(others[0].get_shape())[_AXIS:][:1] == [1]
+    if len(others) != 1 or not _constant(others[0]):
+        return False
+    shape = list(others[0].get_shape())
+    return len(shape) == 5 and shape[_AXIS] == 1
 
 
 def _others(user: Any, node: Any) -> list[Any]:

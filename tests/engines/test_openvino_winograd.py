@@ -110,9 +110,10 @@ def test_bias_and_activation_are_taken_along() -> None:
 
 
 @pytest.mark.usefixtures("always")
-def test_what_differs_from_slice_to_slice_stays_behind() -> None:
+@pytest.mark.parametrize("shape", [(1, 1, 8, 1, 1), (8, 1, 1)])
+def test_what_differs_from_slice_to_slice_stays_behind(shape: tuple[int, ...]) -> None:
     def build(x: Any) -> list[Any]:
-        by_slice = ops.constant(np.arange(8, dtype=np.float32).reshape(1, 1, 8, 1, 1))
+        by_slice = ops.constant(np.arange(8, dtype=np.float32).reshape(shape))
         return [ops.add(ops.add(conv(x), by_slice), x)]
 
     same(build, [1, 4, 8, 5, 6])
