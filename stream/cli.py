@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import sys
@@ -18,10 +19,11 @@ from stream.cli_packs import packs_app
 from stream.cli_sources import sources_app
 from stream.errors import SettingsError, SightwireError
 from stream.secrets import register_secrets
-from stream.settings import Settings, home, load_settings
+from stream.settings import Settings, home, load_settings, unknown_environment
 from stream.source_settings import redacted_url, source_scheme
 from stream.terminal import err, out, set_up_logging
 
+log = logging.getLogger(__name__)
 app = typer.Typer(
     name="sightwire",
     no_args_is_help=True,
@@ -146,6 +148,8 @@ def settings_from(
     if packs:
         flags["packs"] = [{"name": name} for name in packs]
     settings = load_settings(config, flags)
+    for line in unknown_environment():
+        log.warning("%s", line)
     if backend:
         flags["packs"] = [pack.model_dump() | {"backend": backend} for pack in settings.packs]
         settings = load_settings(config, flags)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, time, timedelta
 from typing import Annotated, Literal
 from zoneinfo import ZoneInfo
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
@@ -21,6 +21,16 @@ def _known_zone(name: str) -> str:
     return name
 
 
+def _clock_text(value: object) -> object:
+    # To YAML, 18:00 without quotes is the number 1080, which would be taken for seconds.
+    if isinstance(value, int | float):
+        raise ValueError('a time of day is text; write it in quotes, "18:00"')
+    return value
+
+
+TimeOfDay = Annotated[time, BeforeValidator(_clock_text)]
+
+
 class Hours(BaseModel):
     """Some hours of some days; those that end before they begin go on into the next day."""
 
@@ -28,9 +38,9 @@ class Hours(BaseModel):
 
     days: Annotated[tuple[Day, ...], Field(min_length=1)] = DAYS
     """Days on which they begin."""
-    start: time = time(0, 0)
+    start: TimeOfDay = time(0, 0)
     """When they begin."""
-    end: time = time(0, 0)
+    end: TimeOfDay = time(0, 0)
     """When they end; 00:00 is midnight after."""
     timezone: Annotated[str, AfterValidator(_known_zone)] = "UTC"
     """Whose clock that is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -216,7 +217,9 @@ def load_settings(config: Path | None, overrides: dict[str, Any]) -> Settings:
     try:
         environment = EnvSettingsSource(Settings)()
     except PydanticSettingsError as error:
-        raise SettingsError(f"environment: {error}") from None
+        field = re.search('field "([a-z_]+)"', str(error))
+        name = f"SIGHTWIRE_{field[1].upper()}" if field else str(error)
+        raise SettingsError(f"environment: {name} is not JSON, as lists and sections must be") from None
     merged = _merge(_merge(tree, environment), overrides)
     try:
         return Settings(**merged)
@@ -260,8 +263,32 @@ def setting_error(error: ValidationError) -> str:
     """The first thing wrong with settings: key and cause, never the value, which may be a secret."""
     first = error.errors(include_input=False)[0]
     key = ".".join(str(part) for part in first["loc"]) or "settings"
-    what = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+    what = _IN_OTHER_WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
+    if first["type"] == "string_pattern_mismatch" and first["loc"][-1] == "id":
+        what += ": 1 to 63 of A-Z a-z 0-9 _ . -, the first a letter or digit"
     return f"{key}: {what}"
+
+
+_IN_OTHER_WORDS = {
+    "extra_forbidden": "unknown key",
+    "tuple_type": "expected a list",
+    "model_type": "expected keys and values",
+    "dict_type": "expected keys and values",
+}
+
+
+def unknown_environment() -> list[str]:
+    """What is wrong with variables that look like settings and are none, one line each; the value is not shown."""
+    known = {name.upper() for name in Settings.model_fields} | {"HOME", "SERVICE"}
+    told = []
+    for name in sorted(os.environ):
+        rest = name.removeprefix("SIGHTWIRE_")
+        if rest == name or rest.partition("__")[0] in known or rest.startswith("REQUIRE_"):
+            continue
+        section = next((other for other in sorted(known) if rest.startswith(f"{other}_")), None)
+        meant = f"; did you mean SIGHTWIRE_{section}__{rest[len(section) + 1 :]}?" if section else ""
+        told.append(f"the environment has {name}, which is no setting{meant}")
+    return told
 
 
 def _first_error(error: ValidationError, config: Path | None, node: yaml.Node | None) -> str:

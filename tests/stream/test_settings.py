@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from stream.cli import named_sources, settings_from
 from stream.errors import SettingsError
 from stream.secrets import SecretFilter, register_secrets
-from stream.settings import load_settings
+from stream.settings import load_settings, unknown_environment
 from stream.source_settings import redacted_url
 
 
@@ -36,6 +37,13 @@ def write(folder: Path, text: str) -> Path:
             ":3: sources.0.url: the password must be percent-encoded",
         ),
         ("- a\n", ":1: expected keys and values"),
+        ("sources: rtsp://h/x\n", ":1: sources: expected a list"),
+        ("packs: [base]\n", ":1: packs.0: expected keys and values"),
+        ("sources:\n  - id: front door\n    url: a.mp4\n", ":2: sources.0.id: String should match"),
+        (
+            "sources:\n  - id: a\n    url: a.mp4\n    schedule:\n      - {start: 18:00, end: 22:30}\n",
+            ':5: sources.0.schedule.0.start: a time of day is text; write it in quotes, "18:00"',
+        ),
     ],
 )
 def test_errors_name_the_key_and_the_line(tmp_path: Path, text: str, expected: str) -> None:
@@ -44,6 +52,26 @@ def test_errors_name_the_key_and_the_line(tmp_path: Path, text: str, expected: s
         load_settings(path, {})
     assert expected in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(path)) or "used twice" in expected
+
+
+def test_a_variable_that_is_nearly_a_setting_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("SIGHTWIRE_")]:
+        monkeypatch.delenv(name)
+    assert unknown_environment() == []
+    monkeypatch.setenv("SIGHTWIRE_REDIS_URL", "redis://:canary@h")
+    monkeypatch.setenv("SIGHTWIRE_REDIS__PREFIX", "fine")
+    monkeypatch.setenv("SIGHTWIRE_COLOUR", "red")
+    assert unknown_environment() == [
+        "the environment has SIGHTWIRE_COLOUR, which is no setting",
+        "the environment has SIGHTWIRE_REDIS_URL, which is no setting; did you mean SIGHTWIRE_REDIS__URL?",
+    ]
+
+
+def test_a_list_in_the_environment_must_be_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIGHTWIRE_SOURCES", "rtsp://u:canary@h/x")
+    with pytest.raises(SettingsError, match="SIGHTWIRE_SOURCES is not JSON") as caught:
+        load_settings(None, {})
+    assert "canary" not in str(caught.value)
 
 
 def test_a_password_is_in_no_error_and_no_repr(tmp_path: Path) -> None:
