@@ -347,6 +347,14 @@ def demo(
     run_demo(out, err, seconds, http_port)
 
 
+@app.command("settings")
+def show_settings() -> None:
+    """Print every setting with its meaning and default, as a file to begin with."""
+    from stream.settings_text import settings_text
+
+    out.out(settings_text(), end="", highlight=False)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

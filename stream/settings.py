@@ -173,6 +173,7 @@ class Settings(BaseSettings):
         extra="forbid",
         frozen=True,
         nested_model_default_partial_update=True,
+        use_attribute_docstrings=True,
     )
 
     sources: tuple[SourceSettings, ...] = ()

@@ -65,7 +65,7 @@ class Pace(StrEnum):
 class Section(BaseModel):
     """A part of the settings: unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 Share = Annotated[float, Field(ge=0, le=1)]

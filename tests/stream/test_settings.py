@@ -12,7 +12,8 @@ from stream.cli import named_sources, settings_from
 from stream.errors import SettingsError
 from stream.secrets import SecretFilter, register_secrets
 from stream.settings import load_settings, unknown_environment
-from stream.source_settings import redacted_url
+from stream.settings_text import settings_text
+from stream.source_settings import SourceSettings, redacted_url
 
 
 def write(folder: Path, text: str) -> Path:
@@ -65,6 +66,19 @@ def test_a_variable_that_is_nearly_a_setting_is_told(monkeypatch: pytest.MonkeyP
         "the environment has SIGHTWIRE_COLOUR, which is no setting",
         "the environment has SIGHTWIRE_REDIS_URL, which is no setting; did you mean SIGHTWIRE_REDIS__URL?",
     ]
+
+
+def test_the_file_to_begin_with_holds_every_default(tmp_path: Path) -> None:
+    text = settings_text()
+    assert load_settings(write(tmp_path, text), {}) == load_settings(None, {}), "all of it is commented out"
+    lines = [line[1:] for line in text.partition("\n\n")[2].splitlines()]
+    shown = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+    given = load_settings(write(tmp_path, shown), {})
+    assert given.model_copy(update={"sources": ()}) == load_settings(None, {})
+    (source,) = given.sources
+    assert source == SourceSettings.model_validate({"id": source.id, "url": source.url})
+    for name in SourceSettings.model_fields.keys() - {"trusted"}:
+        assert f"    {name}: " in shown or f"  - {name}: " in shown
 
 
 def test_a_list_in_the_environment_must_be_json(monkeypatch: pytest.MonkeyPatch) -> None:
