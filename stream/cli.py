@@ -306,7 +306,7 @@ def events(
     from stream import screen, tail
 
     settings = settings_from(None, None, redis, None)
-    asyncio.run(
+    shown = asyncio.run(
         tail.show_events(
             settings,
             screen.received_printer(out, as_json=as_json),
@@ -317,6 +317,8 @@ def events(
             prefix=prefix or settings.redis.prefix,
         )
     )
+    if shown == 0 and last > 0:
+        err.print("no such events yet; --follow waits for them")
 
 
 @app.command()

@@ -174,6 +174,9 @@ def verify(
 
     if model is None and (weights is not None or describe is not None):
         raise SettingsError("--weights and --describe go with --model; name the model too")
+    # Now, not after minutes.
+    if html is not None and not html.parent.is_dir():
+        raise SettingsError(f"cannot write {html}: No such file or directory; choose another path")
     source = None if model is None else note_of(model, ExportOptions(weights=weights, describe=describe))
     try:
         with console.status(f"verifying {name}") as status:

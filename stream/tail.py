@@ -35,14 +35,18 @@ async def show_events(
     sources: Collection[str] | None,
     last: int,
     prefix: str,
-) -> None:
-    """Show the newest ``last`` events; with ``following`` go on until Ctrl-C. Raises ``ClientError``."""
+) -> int | None:
+    """Show the newest ``last`` events; with ``following`` go on until Ctrl-C. Raises ``ClientError``.
+
+    Gives how many there were, ``None`` after following.
+    """
     url = await redis_url(settings)
     wanted = kinds or KINDS
     if not following:
-        for event in await newest(url, kinds=wanted, sources=sources, prefix=prefix, count=last):
+        found = await newest(url, kinds=wanted, sources=sources, prefix=prefix, count=last)
+        for event in found:
             show(event)
-        return
+        return len(found)
     task = asyncio.current_task()
     if task is None:
         raise RuntimeError("show_events needs a task")
@@ -51,4 +55,5 @@ async def show_events(
         async for event in follow(url, kinds=wanted, sources=sources, prefix=prefix, backlog=last):
             show(event)
     except asyncio.CancelledError:
-        return
+        pass
+    return None
