@@ -30,10 +30,12 @@ class EngineOptions:
     device: str = "cpu"
     """``cpu`` or ``cuda``; for onnxruntime also ``tensorrt``, its own way to TensorRT."""
     cache_dir: Path | None = None
-    """Where compiled engines may be kept; ``None`` compiles every time, which pays up to about a second."""
+    """Where compiled engines may be kept; ``None`` compiles every time, which pays up to a few seconds."""
     engines: int = 1
     """Engines that run at once, each on a thread of its own: they share caches and memory, so ``auto`` measures one
     beside the others."""
+    states: frozenset[str] = frozenset()
+    """See ``EngineSpec``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from engines.errors import InferenceError, ManifestError
+from engines.errors import InferenceError, ManifestError, NotFinite
 from engines.manifest import TensorSpec
 from engines.types import NUMPY_DTYPES, Array, EngineSpec, Tensors
 
@@ -86,11 +86,15 @@ def _shape_fits(wanted: tuple[int | str, ...], have: tuple[int, ...], sizes: dic
 
 
 def check_outputs(spec: EngineSpec, outputs: Tensors) -> None:
-    """Raise ``InferenceError`` when a float output holds NaN or infinity."""
+    """Raise ``NotFinite`` when a float output holds NaN or infinity.
+
+    States are passed over, as what lies between two layers is: they are megabytes at each hop, and what is wrong in
+    one shows in an answer or does no harm. Who hands them on must throw them away then.
+    """
     for name, array in outputs.items():
-        if array.dtype.kind == "f" and not _finite(array):
+        if array.dtype.kind == "f" and name not in spec.states and not _finite(array):
             other = "export the pack again" if spec.precision == "fp32" else "try precision fp32"
-            raise InferenceError(
+            raise NotFinite(
                 f"pack {spec.pack}: graph {spec.graph}: output {name} holds NaN or infinity on {spec.backend} "
                 f"{spec.precision}; check the input, or {other}"
             )

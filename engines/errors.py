@@ -45,3 +45,7 @@ class ParityFailed(EngineError):
 
 class InferenceError(EngineError):
     """A loaded engine failed on a batch, or was given inputs that do not fit its specification."""
+
+
+class NotFinite(InferenceError):
+    """A loaded engine answered with NaN or infinity."""

@@ -15,6 +15,7 @@ from engines.checks import InputCheck, PortShape, check_interface, check_outputs
 from engines.errors import BackendUnavailable, GraphLoadError, InferenceError
 from engines.manifest import GraphSpec
 from engines.onnx_binding import all_on_host, run_bound
+from engines.split import SplitEngine, best_part
 from engines.types import Array, EngineSpec, Tensors
 
 _PROVIDERS = {
@@ -53,21 +54,30 @@ def version() -> str:
     return str(ort.__version__)
 
 
-def load(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> OnnxEngine:
-    """Load a graph of a pack.
+def load(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> OnnxEngine | SplitEngine:
+    """Load a graph of a pack; one that is best run item by item on a CPU is prepared for batches of one.
 
     Raises ``BackendUnavailable`` when the device is not there, ``GraphLoadError`` when the file is
     refused, ``ManifestError`` when the graph is not what the manifest says.
     """
     _check_precision(pack, graph.name, options)
-    return _engine(_shared_session(path, pack, graph, options), pack, graph, options)
+    engine = _engine(_shared_session(path, pack, graph, options), pack, graph, options)
+    return SplitEngine(engine, 1) if _one_by_one(graph, options) else engine
+
+
+def _one_by_one(graph: GraphSpec, options: EngineOptions) -> bool:
+    """Whether a fixed batch of one serves: shapes are then computed once, when the graph is loaded."""
+    return options.device == "cpu" and best_part(graph) == 1
 
 
 def _engine(session: Any, pack: str, graph: GraphSpec, options: EngineOptions) -> OnnxEngine:
-    check_interface(pack, graph.name, graph.inputs, _ports(session.get_inputs()), "input")
-    check_interface(pack, graph.name, graph.outputs, _ports(session.get_outputs()), "output")
+    fixed = _one_by_one(graph, options)
+    check_interface(pack, graph.name, graph.inputs, _ports(session.get_inputs(), fixed=fixed), "input")
+    check_interface(pack, graph.name, graph.outputs, _ports(session.get_outputs(), fixed=fixed), "output")
     device = "cpu" if options.device == "cpu" else "cuda:0"
-    spec = EngineSpec(pack, graph.name, "onnxruntime", device, options.precision, graph.inputs, graph.outputs)
+    spec = EngineSpec(
+        pack, graph.name, "onnxruntime", device, options.precision, graph.inputs, graph.outputs, options.states
+    )
     return OnnxEngine(session, spec)
 
 
@@ -109,7 +119,11 @@ def _shared_session(path: Path, pack: str, graph: GraphSpec, options: EngineOpti
     key = (str(path.resolve()), file and file.sha256, options.threads, options.device)
     session = _sessions.get(key)
     if session is None:
-        session = _open_session(path, pack, graph, options, options_for(options.threads))
+        session_options = options_for(options.threads)
+        if _one_by_one(graph, options):
+            for axis in {tensor.shape[0] for tensor in graph.inputs if tensor.shape}:
+                session_options.add_free_dimension_override_by_name(str(axis), 1)
+        session = _open_session(path, pack, graph, options, session_options)
         _sessions[key] = session
     return session
 
@@ -157,8 +171,10 @@ def options_for(threads: int) -> Any:
     return options
 
 
-def _ports(args: Sequence[Any]) -> dict[str, PortShape]:
-    return {arg.name: (_DTYPES.get(arg.type, arg.type), tuple(arg.shape)) for arg in args}
+def _ports(args: Sequence[Any], *, fixed: bool) -> dict[str, PortShape]:
+    """Ports by name; of one whose batch was ``fixed``, it counts as free."""
+    shapes = {arg.name: (None, *arg.shape[1:]) if fixed and arg.shape else tuple(arg.shape) for arg in args}
+    return {arg.name: (_DTYPES.get(arg.type, arg.type), shapes[arg.name]) for arg in args}
 
 
 class OnnxEngine:

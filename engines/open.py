@@ -16,6 +16,7 @@ from engines.errors import PackNotFound
 from engines.manifest import MANIFEST_FILE, Manifest, check_integrity, read_manifest
 from engines.parity import check_parity, read_parity
 from engines.split import in_parts
+from engines.states import state_outputs
 from engines.types import Engine
 
 PACKS_FOLDER = "packs"
@@ -117,7 +118,7 @@ def _load_chosen(
     with ExitStack() as loaded:
         for graph in manifest.graphs:
             backend, precision = choice[graph.name]
-            wanted = replace(options, precision=precision)
+            wanted = replace(options, precision=precision, states=state_outputs(manifest, graph.name))
             engine = backends.load(folder / graph.file, manifest.name, graph, backend, wanted)
             loaded.callback(engine.close)
             engines[graph.name] = engine

@@ -55,7 +55,9 @@ def load(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Ope
             f"pack {pack}: openvino {version()} cannot load graph {graph.name} ({path.name}): {_cause(error)}; "
             "export the pack again, or choose backend onnxruntime"
         ) from error
-    spec = EngineSpec(pack, graph.name, "openvino", "cpu", options.precision, graph.inputs, graph.outputs)
+    spec = EngineSpec(
+        pack, graph.name, "openvino", "cpu", options.precision, graph.inputs, graph.outputs, options.states
+    )
     engine = OpenVinoEngine(request, spec)
     return SplitEngine(engine, 1) if _one_by_one(graph) else engine
 

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from engines.manifest import Branch, TensorSpec
+from engines.manifest import Branch, Manifest, TensorSpec
 from engines.types import NUMPY_DTYPES, Array, Tensors
 
 FIRST_ROWS = 4
@@ -150,6 +150,11 @@ def state_tensors(branch: Branch, inputs: Sequence[TensorSpec]) -> list[TensorSp
     """The states of a stateful branch, among the inputs of its graph."""
     known = {tensor.name: tensor for tensor in inputs}
     return [known[state.input] for state in branch.states]
+
+
+def state_outputs(manifest: Manifest, graph: str) -> frozenset[str]:
+    """Outputs of a graph that hold the next states."""
+    return frozenset(state.output for branch in manifest.branches if branch.graph == graph for state in branch.states)
 
 
 def row_bytes(states: Sequence[TensorSpec]) -> int:

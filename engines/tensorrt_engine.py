@@ -63,7 +63,9 @@ def load(path: Path, pack: str, graph: GraphSpec, options: EngineOptions) -> Ten
         _log.warning("cached engine is refused (%s); compiling it again", refused)
         _cache(options).path(_key(graph, options)).unlink(missing_ok=True)
         return load(path, pack, graph, options)
-    spec = EngineSpec(pack, graph.name, "tensorrt", "cuda:0", options.precision, graph.inputs, graph.outputs)
+    spec = EngineSpec(
+        pack, graph.name, "tensorrt", "cuda:0", options.precision, graph.inputs, graph.outputs, options.states
+    )
     try:
         return TensorRtEngine(engine, spec, graph.batch)
     except RuntimeError as error:

@@ -30,6 +30,8 @@ class EngineSpec:
     precision: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    states: frozenset[str] = frozenset()
+    """Outputs that are only handed on to the next hop."""
 
 
 class Engine(Protocol):

@@ -71,7 +71,7 @@ def positions(length: int, width: int, like: Tensor) -> Tensor:
 
 def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:
     """float32 ``[B, L, D]`` and bool ``[B, L]`` to ``[B, D]``: the mean over what is there, zeros where nothing is."""
-    known = torch.where(mask[:, :, None], tokens, torch.zeros_like(tokens))
+    known = torch.where(mask[:, :, None], tokens, 0.0)
     return known.sum(dim=1) / mask.sum(dim=1).clamp(min=1)[:, None].to(tokens.dtype)
 
 

@@ -98,7 +98,7 @@ class AudioBranch(Branch):
     def forward(self, audio: Tensor, mask: Tensor) -> Encoded:
         """As ``Inputs.audio`` and ``Inputs.audio_mask``."""
         there = self.present(audio, mask)
-        known = torch.where(there[:, None], audio, torch.zeros_like(audio))
+        known = torch.where(there[:, None], audio, 0.0)
         maps = self.encoder.over_time(self.augment(compress(self.logmel.power(known))))
         return _known(self.encoder.summarise(maps), maps.transpose(1, 2), there[:, None].expand(-1, maps.shape[2]))
 
@@ -133,7 +133,7 @@ def _known(vector: Tensor, tokens: Tensor, mask: Tensor) -> Encoded:
     """With zeros where nothing is there."""
     row = mask.any(dim=1)[:, None]
     return Encoded(
-        torch.where(row, vector, torch.zeros_like(vector)),
-        torch.where(mask[:, :, None], tokens, torch.zeros_like(tokens)),
+        torch.where(row, vector, 0.0),
+        torch.where(mask[:, :, None], tokens, 0.0),
         mask,
     )

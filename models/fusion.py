@@ -64,8 +64,8 @@ class GatedFusion(nn.Module):
         hidden = torch.stack([torch.tanh(layer(vectors[:, n])) for n, layer in enumerate(self.hidden)], dim=1)
         score = self.gate(vectors.flatten(1)).reshape(vectors.shape)
         there = present[:, :, None]
-        gates = torch.where(there, score, torch.full_like(score, torch.finfo(score.dtype).min)).softmax(dim=1)
-        gates = torch.where(there, gates, torch.zeros_like(gates))
+        gates = torch.where(there, score, torch.finfo(score.dtype).min).softmax(dim=1)
+        gates = torch.where(there, gates, 0.0)
         return Fused((gates * hidden).sum(dim=1), vectors, present)
 
 
@@ -95,7 +95,7 @@ class AttentionFusion(nn.Module):
             visible.append(part.mask & present[:, number : number + 1])
         mask = torch.cat(visible, dim=1)
         mixed = self.mix(torch.cat(tokens, dim=1), mask)
-        kept = torch.where(mask[:, :, None], mixed, torch.zeros_like(mixed))
+        kept = torch.where(mask[:, :, None], mixed, 0.0)
         return Fused(kept[:, 0], kept[:, 1:], mask[:, 1:])
 
 

@@ -132,10 +132,10 @@ class FusionModel(nn.Module):
     def _vectors(self, encoded: dict[ModalityName, Encoded], present: Tensor) -> Tensor:
         """float32 ``[B, M, D]``: each modality in the fusion's width, zeros where absent."""
         vectors = torch.stack([self.adapt[name](encoded[name].vector) for name in self.taken], dim=1)
-        return torch.where(present[:, :, None], vectors, torch.zeros_like(vectors))
+        return torch.where(present[:, :, None], vectors, 0.0)
 
     def _fuse(self, vectors: Tensor, encoded: dict[ModalityName, Encoded], present: Tensor) -> Fused:
-        vectors = torch.where(present[:, :, None], vectors, torch.zeros_like(vectors))
+        vectors = torch.where(present[:, :, None], vectors, 0.0)
         fused: Fused = self.fusion(vectors, present, [encoded[name] for name in self.taken])
         return fused
 
@@ -205,7 +205,7 @@ def newest(video: Tensor, mask: Tensor) -> Tensor:
     if frames.dim() == 5:
         frames = frames[:, 1]
     seen = (mask > 0).any(dim=1)[:, None, None, None]
-    return torch.where(seen, frames, torch.zeros_like(frames))
+    return torch.where(seen, frames, 0)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -142,7 +142,7 @@ class TextEncoder(nn.Module):
         there = tokens != PAD
         x = self.embed(tokens) * self.features**0.5
         x = self.mix(x + positions(tokens.shape[1], self.features, x), there)
-        return torch.where(there[:, :, None], x, torch.zeros_like(x))
+        return torch.where(there[:, :, None], x, 0.0)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 ``[B, L]``, 0 for padding, to float32 ``[B, width]``; zeros where there is no text."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.errors import NotFinite
 from engines.manifest import Branch, TensorSpec, VideoInput
 from engines.split import SplitEngine
 from engines.states import StateStore, handed_on, row_bytes, state_tensors
@@ -158,6 +159,11 @@ class Stepper:
         try:
             courses, states = self._begin(group)
             self._run(courses, states, sound, answers)
+        except NotFinite:
+            # It may come from the states, and would then with every window to come.
+            for source in group:
+                self._states.forget(source)
+            raise
         finally:
             self._states.release(list(group))
         self._states.count(sum(len(course.steps) for course in courses), sum(course.restarted for course in courses))

@@ -57,7 +57,7 @@ def pool(sequence: Sequence) -> Tensor:
     tokens, mask = sequence.tokens.float(), sequence.mask
     mean = masked_mean(tokens, mask)
     variance = masked_mean((tokens - mean[:, None]).square(), mask)
-    spread = torch.where(mask.any(dim=1)[:, None], variance.clamp(min=FLOOR).sqrt(), torch.zeros_like(variance))
+    spread = torch.where(mask.any(dim=1)[:, None], variance.clamp(min=FLOOR).sqrt(), 0.0)
     return torch.cat([mean, spread], dim=1)
 
 
@@ -75,7 +75,7 @@ def hold(video: Tensor, mask: Tensor) -> Tensor:
     nearest = cost.argmin(dim=2) + torch.arange(batch, device=video.device)[:, None] * length
     held = video.flatten(0, 1).index_select(0, nearest.flatten()).reshape(video.shape).float()
     seen = there.any(dim=1).reshape(-1, *(1 for _ in video.shape[1:]))
-    return torch.where(seen, held, torch.zeros_like(held))
+    return torch.where(seen, held, 0)
 
 
 def normalised(video: Tensor, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Tensor:
@@ -87,7 +87,7 @@ def normalised(video: Tensor, mean: tuple[float, ...], deviation: tuple[float, .
 def whole(tokens: Tensor, mask: Tensor) -> Sequence:
     """Tokens ``[B, T', D]`` of a backbone that mixes frames in time: all there where a row has any frame."""
     there = (mask > 0).any(dim=1)[:, None].expand(-1, tokens.shape[1])
-    return Sequence(torch.where(there[:, :, None], tokens, torch.zeros_like(tokens)), there)
+    return Sequence(torch.where(there[:, :, None], tokens, 0.0), there)
 
 
 def scaled(channels: int, multiplier: float) -> int:

@@ -66,10 +66,9 @@ class Average:
         self.weight = weights[:, -1]
         self.share = torch.cat([left, mix.expand(weight.shape[0], -1, -1)], dim=2) / weights
 
-    def __call__(self, values: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 ``[B, t, C]`` and the average before them ``[B, 1, C]`` to the averages and the last of them."""
-        averages = self.share @ torch.cat([state, values], dim=1)
-        return averages, averages[:, -1:]
+    def __call__(self, values: Tensor, state: Tensor) -> Tensor:
+        """float32 ``[B, t, C]`` and the average before them ``[B, 1, C]`` to the averages, ``[B, t, C]``."""
+        return self.share @ torch.cat([state, values], dim=1)
 
 
 class CausalBlock(nn.Module):
@@ -94,8 +93,9 @@ class CausalBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, States]:
         """``steps`` frames of each stream, ``[B t, C, H, W]``, to ``[B t, C', H/stride, W/stride]``.
 
-        ``state`` ``[B, 1, hidden]`` is the squeeze's, ``past`` ``[B, hidden, reach - 1, H W / stride²]`` the last
-        frames' maps (``None`` when ``reach`` is 1); both come back renewed.
+        ``state`` ``[B, 1, hidden]`` is the squeeze's average before them, ``past`` ``[B, hidden, reach - 1, H W /
+        stride²]`` the last frames' maps (``None`` when ``reach`` is 1). The averages ``[B, t, hidden]`` and the renewed
+        past come back too.
         """
         y = F.hardswish(self.space(F.hardswish(self.expand(x))))
         kept: States = ()
@@ -107,10 +107,10 @@ class CausalBlock(nn.Module):
             y = mixed.transpose(1, 2).reshape(y.shape)
             # The same as the end of ``joined``, without a copy.
             kept = (turned if steps == self.reach - 1 else joined[:, :, steps:],)
-        squeezed, state = average(_unfold(y.mean(dim=(2, 3)), steps), state)
+        squeezed = average(_unfold(y.mean(dim=(2, 3)), steps), state)
         gate = torch.sigmoid(self.excite(F.hardswish(self.squeeze(squeezed.flatten(0, 1)))))
         y = self.project(y * gate.reshape(-1, self.hidden, 1, 1))
-        return (x + y if self.residual else y), state, kept
+        return (x + y if self.residual else y), squeezed, kept
 
 
 class StreamBackbone(Backbone):
@@ -171,8 +171,9 @@ class StreamBackbone(Backbone):
             means.append(mean)
             renewed += kept
         pooled = _unfold(F.hardswish(self.head(x)).mean(dim=(2, 3)), steps)
-        features, last = average(pooled, averages[-1])
-        return features, (average.weight, torch.cat([*means, last], dim=2), *renewed)
+        features = average(pooled, averages[-1])
+        # Joined first: one cut instead of one for each block.
+        return features, (average.weight, torch.cat([*means, features], dim=2)[:, -1:], *renewed)
 
     def forward(self, video: Tensor, mask: Tensor) -> Sequence:
         """As ``Backbone.forward``; one token ``[B, 1, 480]``."""

@@ -43,10 +43,10 @@ class TemporalHead(nn.Module):
         """float32 ``[B, T, D]`` and ``[B, T]`` (1 there, 0 missing) to tokens ``[B, T, WIDTH]``."""
         there = mask > 0
         # ``where``, not a product: a missing sample may hold anything, infinity too.
-        known = torch.where(there[:, :, None], features, torch.zeros_like(features))
+        known = torch.where(there[:, :, None], features, 0.0)
         x = self.enter(known)
         tokens = self.mix(x + positions(x.shape[1], WIDTH, x), there)
-        return Sequence(torch.where(there[:, :, None], tokens, torch.zeros_like(tokens)), there)
+        return Sequence(torch.where(there[:, :, None], tokens, 0.0), there)
 
 
 class FrameBackbone(Backbone):
@@ -73,7 +73,7 @@ class FrameBackbone(Backbone):
     def encode(self, video: Tensor, mask: Tensor) -> Tensor:
         """Raw samples and ``[B, T]`` to features float32 ``[B, T, D]``: what may be cached."""
         there = (mask > 0).reshape(*mask.shape, *(1 for _ in video.shape[2:]))
-        known = torch.where(there, video, torch.zeros_like(video))
+        known = torch.where(there, video, 0)
         features: Tensor = self.encoder(known.flatten(0, 1))
         return features.reshape(*mask.shape, -1)
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engines.errors import InferenceError
+from engines.errors import InferenceError, NotFinite
 from engines.manifest import Branch
 from engines.open import LoadedPack, open_pack
 from engines.tinystateful import HOP, KEEP, SIZE
+from engines.types import Array, Tensors
 from stream.inference import PackRunner, activate
 from stream.memory import SourceMemory
 from stream.samples import samples_of
@@ -245,6 +246,33 @@ def test_a_batch_that_failed_is_made_up_for(pack: LoadedPack, branch: Branch, mo
     for (_, _, index), scores in answers(runner, [[w] for w in windows[4:]]).items():
         check(scores, truth.after(index))
     assert memory.restarted == 0
+
+
+def test_states_that_hold_nan_are_thrown_away(
+    pack: LoadedPack, branch: Branch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = scenes(60, seed=9)
+    windows = film(branch, images)
+    memory = SourceMemory()
+    runner = PackRunner(pack, memory)
+    answers(runner, [windows[:3]])
+    engine = pack.engines["watch_hop"]
+    real, handed = type(engine).infer, {state.output for state in branch.states}
+    with monkeypatch.context() as patch:
+
+        def poison(self: object, inputs: Tensors) -> dict[str, Array]:
+            found = real(self, inputs)
+            return {n: np.full_like(a, np.nan) if n in handed and a.dtype.kind == "f" else a for n, a in found.items()}
+
+        patch.setattr(type(engine), "infer", poison)
+        (scores,) = answers(runner, [[windows[3]]]).values()
+        check(scores, Truth(branch, images).after(3))
+    with pytest.raises(NotFinite, match="holds NaN"):
+        runner.run("watch", (windows[4],))
+    truth = Truth(branch, images)
+    for (_, _, index), scores in answers(runner, [[w] for w in windows[5:]]).items():
+        check(scores, truth.after(index, begun=5))
+    assert memory.restarted == 1
 
 
 def _fail(engine: object, inputs: object) -> None:
