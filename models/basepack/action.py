@@ -1,4 +1,4 @@
-"""Fitting the action head: four logistic regressions, each on one kind of frozen features, added.
+"""Fitting the action head: five logistic regressions, each on one kind of frozen features, added.
 
 Each is a convex problem with one answer: nothing to stop early, nothing to average, no luck with the seed. Networks
 trained on top of the same features knew the training clips by heart and were worse on groups that they had not seen,
@@ -22,7 +22,7 @@ from models.basepack.batches import Window, sampling_weights, window_features
 from models.basepack.config import ActionFit
 from models.basepack.labels import ACTIONS
 from models.basepack.tables import UT_LABELS, WEIZMANN_LABELS
-from models.basepack.watch import BAND, CHANGE, FEATURES, FRAME
+from models.basepack.watch import BAND, CHANGE, FEATURES, FRAME, JOINT
 from models.basepack.window import POOLED, WindowHead, pool
 
 FLOOR = 0.02
@@ -35,6 +35,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 """Labels of which a data set's recordings have exactly one each."""
 BAND_PENALTY = 0.3
 """Of the penalty of the others: these features are fewer."""
+POSTURES = ("fall", "sit", "stand", "walk")
+"""What the joints of one person tell; where several meet, few are found."""
 _POOL_BATCH = 256
 
 
@@ -70,11 +72,14 @@ class Hears(Protocol):
         ...
 
 
-def pooled(windows: Sequence[Window], hearing: Hears) -> Pooled:
-    """Features of windows as the window graph pools them, with their recordings' own sound."""
+def pooled(windows: Sequence[Window], hearing: Hears, finder: int = 0) -> Pooled:
+    """Features of windows as the window graph pools them, with their recordings' own sound.
+
+    ``finder`` tells whose joints: each fold has its own.
+    """
     video, seen = [torch.zeros(0, POOLED)], [torch.zeros(0)]
     for first in range(0, len(windows), _POOL_BATCH):
-        features, masks = zip(*(window_features(w) for w in windows[first : first + _POOL_BATCH]), strict=True)
+        features, masks = zip(*(window_features(w, finder) for w in windows[first : first + _POOL_BATCH]), strict=True)
         mask = torch.from_numpy(np.stack(masks))
         video.append(pool(torch.from_numpy(np.stack(features)), mask))
         seen.append(mask.amax(dim=1))
@@ -103,12 +108,17 @@ def fit_action(head: WindowHead, data: Pooled, config: ActionFit) -> None:
         for linear in (head.see, head.hear):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
-    experts = ((CHANGE, 1.0, 1.0), (FRAME, config.frame_weight, 1.0), (BAND, config.band_weight, BAND_PENALTY))
+    experts = (
+        (CHANGE, torch.ones(len(ACTIONS)), 1.0),
+        (FRAME, torch.full((len(ACTIONS),), config.frame_weight), 1.0),
+        (BAND, torch.full((len(ACTIONS),), config.band_weight), BAND_PENALTY),
+        (JOINT, config.joint_weight * of_one_person(), BAND_PENALTY),
+    )
     for part, share, penalty in experts:
         columns = columns_of(part)
         expert = fit_expert(data.video[:, columns] - centre[columns], data, weights, seen, config, penalty)
         with torch.no_grad():
-            head.see.weight[:, columns] = head.see.weight[:, columns] + share * expert.weight
+            head.see.weight[:, columns] = head.see.weight[:, columns] + share[:, None] * expert.weight
             head.see.bias.add_(share * (expert.bias - prior))
     # Few recordings have a track worth the name; where too few do, the ear has no say.
     if int(heard.sum()) >= EMBEDDING:
@@ -119,6 +129,11 @@ def fit_action(head: WindowHead, data: Pooled, config: ActionFit) -> None:
             head.hear.weight.add_(config.audio_weight * expert.weight)
             head.hear.bias.add_(config.audio_weight * (expert.bias - known))
     head.eval().requires_grad_(False)
+
+
+def of_one_person() -> Tensor:
+    """1 for each label that the joints have a say in, float32 ``[20]``."""
+    return torch.tensor([float(label in POSTURES) for label in ACTIONS])
 
 
 def base_rates(targets: Tensor, weights: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from models.audio import MELS, SAMPLE_RATE, STEP
 from models.basepack import shape
 from models.basepack.cache import Encoded
+from models.basepack.joints import JOINT_FEATURES
 from models.basepack.labels import SOUNDS
 from models.basepack.tables import ORDINARY
 from models.basepack.targets import Targets, window_targets
-from models.basepack.watch import FEATURES
+from models.basepack.watch import FEATURES, TRUNK_FEATURES
 
 MEL_RATE = SAMPLE_RATE // STEP
 MEL_FRAMES = shape.AUDIO_SAMPLES // STEP
@@ -91,13 +92,15 @@ def _windows(encoded: Encoded, track: int, firsts: range) -> list[Window]:
     return found
 
 
-def window_features(window: Window) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Features float32 ``[16, FEATURES]`` and mask float32 ``[16]``."""
+def window_features(window: Window, finder: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Features float32 ``[16, FEATURES]`` and mask float32 ``[16]``, the joints by one of the encoder's finders."""
     track = window.encoded.tracks[window.track]
     features = np.zeros((shape.WATCH_SAMPLES, FEATURES), np.float32)
     mask = np.zeros(shape.WATCH_SAMPLES, np.float32)
     begin, end = max(0, window.first), min(len(track.present), window.first + shape.WATCH_SAMPLES)
-    features[begin - window.first : end - window.first] = track.features[begin:end]
+    rows, joints = slice(begin - window.first, end - window.first), TRUNK_FEATURES + finder * JOINT_FEATURES
+    features[rows, :TRUNK_FEATURES] = track.features[begin:end, :TRUNK_FEATURES]
+    features[rows, TRUNK_FEATURES:] = track.features[begin:end, joints : joints + JOINT_FEATURES]
     mask[begin - window.first : end - window.first] = track.present[begin:end]
     return features, mask
 

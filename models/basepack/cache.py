@@ -68,7 +68,7 @@ class Track:
     """One variant of a recording, encoded."""
 
     features: NDArray[np.float16]
-    """float16 ``[S, FEATURES]``; zeros where missing."""
+    """float16 ``[S, width]``, the width that of the encoder; zeros where missing."""
     present: NDArray[np.bool_]
     """bool ``[S]``."""
     phase_s: float
@@ -126,7 +126,7 @@ def _compute(
             present, frames = _moving(recording, variant)
         else:
             present, frames = _fixed(recording, variant, plain)
-        features = np.zeros((len(present), FEATURES), np.float16)
+        features = np.zeros((len(present), encoder.width), np.float16)
         features[present] = encoder.encode(frames)
         arrays[f"features{n}"], arrays[f"present{n}"] = features, present
     return arrays

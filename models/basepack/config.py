@@ -33,6 +33,8 @@ class ActionFit(Strict):
     """Say of the expert that sees how things look, against 1 of the one that sees what changes."""
     band_weight: Fraction01
     """Say of the one that sees at which height it changes."""
+    joint_weight: NonNegative
+    """Say of the one that sees around which joints it changes."""
     audio_weight: Fraction01
     """Say of the one that hears."""
     iterations: Positive = 60
@@ -48,6 +50,17 @@ class SoundConfig(Strict):
     """Updates."""
     distill: NonNegative = 1.0
     """Weight of agreeing with the teacher; 0 needs none."""
+
+
+class JointConfig(Strict):
+    """The finder of joints."""
+
+    steps: Positive = 300
+    """Updates."""
+    batch: Positive = 96
+    """Frames of an update."""
+    learning_rate: Rate = 3e-3
+    """At its highest."""
 
 
 class TrainConfig(Strict):
@@ -67,6 +80,8 @@ class TrainConfig(Strict):
     """Of PyTorch; another number gives slightly other weights."""
     sound: SoundConfig = SoundConfig()
     """The sound network and the class head."""
+    joints: JointConfig = JointConfig()
+    """The finder of joints."""
     action: ActionFit
     """The action head."""
     decoder: Schedule

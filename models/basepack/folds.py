@@ -56,6 +56,13 @@ def _balanced(sizes: Mapping[str, int]) -> dict[str, int]:
     return places
 
 
+def held_out(recordings: Sequence[Recording]) -> dict[str, list[bool]]:
+    """By name of each head, which recordings it is not to see."""
+    folds = folds_of(recordings)
+    by_fold = {str(fold): [other == fold for other in folds] for fold in sorted(set(folds))}
+    return {**by_fold, SET2: [in_second_place(recording) for recording in recordings]}
+
+
 def in_second_place(recording: Recording) -> bool:
     """Whether a recording is of UT-Interaction's second place."""
     number = re.search(r"\d+", recording.group) if recording.dataset == "ut-interaction" else None

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from models.backbones.frame import EfficientNetLite0
 from models.basepack import shape
-from models.basepack.watch import FEATURES, WatchEncoder
+from models.basepack.joints import JOINT_FEATURES, JointFinder
+from models.basepack.watch import TRUNK_FEATURES, WatchEncoder
 
 BATCH = 8
 Floats = NDArray[np.float32]
@@ -25,17 +26,20 @@ Floats = NDArray[np.float32]
 class FrozenEncoder:
     """Encodes samples in batches; the same numbers as ``WatchEncoder`` to about 1e-5."""
 
-    def __init__(self, trunk: EfficientNetLite0, folder: Path, threads: int = 2) -> None:
-        self.checksum = checksum(trunk)
+    def __init__(
+        self, trunk: EfficientNetLite0, folder: Path, threads: int = 2, *, finders: Sequence[JointFinder]
+    ) -> None:
+        self.checksum = checksum(trunk, *finders)
+        self.width = TRUNK_FEATURES + len(finders) * JOINT_FEATURES
         example = torch.zeros(2, 2, shape.WATCH_SIZE, shape.WATCH_SIZE, 3, dtype=torch.uint8)
         path = folder / f"watch-{self.checksum}.onnx"
-        self._session = _session(WatchEncoder(trunk), example, path, threads)
+        self._session = _session(WatchEncoder(trunk, finders), example, path, threads)
 
     def encode(self, frames: NDArray[np.uint8]) -> Floats:
-        """uint8 ``[S, 2, H, W, 3]`` to float32 ``[S, FEATURES]``."""
+        """uint8 ``[S, 2, H, W, 3]`` to float32 ``[S, width]``."""
         starts = range(0, len(frames), BATCH)
         parts = [self._session.run(None, {"frames": frames[first : first + BATCH]})[0] for first in starts]
-        return np.concatenate(parts) if parts else np.zeros((0, FEATURES), np.float32)
+        return np.concatenate(parts) if parts else np.zeros((0, self.width), np.float32)
 
 
 class FrozenPyramid:
@@ -51,6 +55,22 @@ class FrozenPyramid:
         return maps
 
 
+class FrozenMaps:
+    """The maps of a frame that finders of joints read."""
+
+    def __init__(self, trunk: EfficientNetLite0, folder: Path, threads: int = 2) -> None:
+        self.checksum = checksum(trunk)
+        example = torch.zeros(2, shape.WATCH_SIZE, shape.WATCH_SIZE, 3, dtype=torch.uint8)
+        self._session = _session(_Pyramid(trunk), example, folder / f"maps-{self.checksum}.onnx", threads)
+
+    def encode(self, frames: NDArray[np.uint8]) -> tuple[Floats, Floats]:
+        """uint8 ``[S, H, W, 3]``, at least one, to float32 ``[S, 112, 10, 10]`` and ``[S, 320, 5, 5]``."""
+        starts = range(0, len(frames), BATCH)
+        parts = [self._session.run(None, {"frames": frames[first : first + BATCH]})[2:] for first in starts]
+        middle, last = zip(*parts, strict=True)
+        return np.concatenate(middle), np.concatenate(last)
+
+
 class _Pyramid(nn.Module):
     def __init__(self, trunk: EfficientNetLite0) -> None:
         super().__init__()
@@ -60,11 +80,12 @@ class _Pyramid(nn.Module):
         return tuple(self.trunk.pyramid(frames.float().permute(0, 3, 1, 2)))
 
 
-def checksum(trunk: EfficientNetLite0) -> str:
-    """Short hash of the trunk's weights."""
+def checksum(*networks: nn.Module) -> str:
+    """Short hash of weights."""
     digest = hashlib.sha256()
-    for parameter in trunk.parameters():
-        digest.update(parameter.detach().contiguous().numpy().tobytes())
+    for network in networks:
+        for tensor in (*network.parameters(), *network.buffers()):
+            digest.update(tensor.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

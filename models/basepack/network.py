@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.backbones.frame import EfficientNetLite0
+from models.basepack.joints import JointFinder
 from models.basepack.labels import ACTIONS, SCENE, SOUNDS
 from models.basepack.scene_net import PyramidDecoder, SceneSegmenter
 from models.basepack.watch import WatchEncoder
@@ -21,7 +22,7 @@ from models.errors import WeightsError
 WEIGHTS_FILE = "base.safetensors"
 CALIBRATION_FILE = "base.json"
 METRICS_FILE = "metrics.json"
-VERSION = "2"
+VERSION = "3"
 
 
 class BaseModel(nn.Module):
@@ -30,13 +31,14 @@ class BaseModel(nn.Module):
     def __init__(self, trunk: EfficientNetLite0 | None = None) -> None:
         super().__init__()
         self.trunk = trunk or EfficientNetLite0()
+        self.joints = JointFinder()
         self.window = WindowHead(self.trunk)
         self.decoder = PyramidDecoder()
 
     @property
     def encoder(self) -> WatchEncoder:
         """Graph ``encoder``: one sample to its features."""
-        return WatchEncoder(self.trunk)
+        return WatchEncoder(self.trunk, [self.joints])
 
     @property
     def segmenter(self) -> SceneSegmenter:

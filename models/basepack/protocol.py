@@ -8,7 +8,7 @@ its baseline on the same windows and folds.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,7 @@ from models.basepack.cache import PLAIN, Encoded, encode_recording
 from models.basepack.folds import SET2, folds_of, in_second_place, load_heads
 from models.basepack.frozen import FrozenEncoder, FrozenPyramid
 from models.basepack.hearing import Hearing, own_sound
+from models.basepack.joints import JointFinder, all_finders, finder_numbers, load_finders
 from models.basepack.labels import ACTIONS, SCENE
 from models.basepack.network import METRICS_FILE, BaseModel, load_weights
 from models.basepack.retrieval_data import CAPTIONED, captioned_sounds, captioned_videos
@@ -76,7 +77,7 @@ def evaluate_weights(
     size = sum(path.stat().st_size for path in weights.glob("*.safetensors"))
     figures: Figures = {"weights_mb": round(size / 1e6, 2)}
     ear = FrozenEar(model.trunk, cache)
-    encoded = _encoded(model, data, cache, limit, report)
+    encoded = _encoded(model, load_finders(weights), data, cache, limit, report)
     sounds = limited(tables.sounds(data), limit, lambda s: (s.label, s.fold))
     figures |= action_figures(weights, model, encoded, ear, report)
     figures |= sound_figures(weights, data, sounds, ear)
@@ -101,9 +102,11 @@ def write_metrics(folder: Path, figures: Figures) -> Path:
     return path
 
 
-def _encoded(model: BaseModel, data: Path, cache: Path, limit: int | None, report: Report) -> list[Encoded]:
-    """The labelled recordings as the service sees them."""
-    encoder = FrozenEncoder(model.trunk, cache, 1)
+def _encoded(
+    model: BaseModel, finders: Mapping[str, JointFinder], data: Path, cache: Path, limit: int | None, report: Report
+) -> list[Encoded]:
+    """The labelled recordings as the service sees them, and with the joints of every fold's finder."""
+    encoder = FrozenEncoder(model.trunk, cache, 1, finders=all_finders(model.joints, finders))
     recordings = [r for r in limited(tables.recordings(data), limit, lambda r: r.dataset) if r.dataset in CAPTIONED]
     found = []
     for number, recording in enumerate(recordings, start=1):
@@ -140,13 +143,15 @@ def action_figures(
 ) -> Figures:
     """Actions by fold. Without ``baseline`` those figures are no numbers: they take longer than all others."""
     heads = load_heads(weights, model.window)
-    data = pooled([w for item in encoded for w in service_windows(item)], Hearing(model.window.sound, ear))
+    hearing, finders = Hearing(model.window.sound, ear), finder_numbers(heads)
+    data = pooled([w for item in encoded for w in service_windows(item)], hearing)
     place = dict(zip((id(item) for item in encoded), folds_of([i.recording for i in encoded]), strict=True))
     at = np.array([place[id(window.encoded)] for window in data.windows])
     ours, plain = np.zeros((len(at), len(ACTIONS)), np.float32), np.zeros((len(at), len(ACTIONS)), np.float32)
     for done, fold in enumerate(sorted(set(at.tolist())), start=1):
         held_out = data.rows(at == fold)
-        ours[at == fold] = score(heads[str(fold)], held_out)
+        own = pooled(held_out.windows, hearing, finders[str(fold)])
+        ours[at == fold] = score(heads[str(fold)], own)
         plain[at == fold] = _plain(data.rows(at != fold), held_out) if baseline else np.nan
         report("judge actions", done, len(set(at.tolist())), None)
     judged = Judged(data, ours, plain)
@@ -158,7 +163,7 @@ def action_figures(
     if second.any():
         rows, rest = data.rows(second), data.rows(~second)
         plain = _plain(rest, rows) if baseline else np.full_like(ours[second], np.nan)
-        elsewhere = Judged(rows, score(heads[SET2], rows), plain)
+        elsewhere = Judged(rows, score(heads[SET2], pooled(rows.windows, hearing, finders[SET2])), plain)
         figures |= by_recording(elsewhere, "ut-interaction", "ut_interaction_set2_accuracy")
     return figures
 

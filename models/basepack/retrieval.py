@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from models.audio import EMBEDDING
 from models.basepack.action import minimise
 from models.basepack.text_tower import BagOfWords, HashedWords
-from models.basepack.window import POOLED, pool
+from models.basepack.watch import TRUNK_FEATURES
+from models.basepack.window import pool
 from models.errors import DataError
 from models.losses import known_cross_entropy
 
@@ -28,6 +29,8 @@ FLOOR = 0.05
 """Added to deviations."""
 TEMPERATURE = 4.0
 """Of the chances of a window: how sure it is must not be lost in the scaling to unit length."""
+SIGHT = 2 * TRUNK_FEATURES
+"""Length of a window's features that retrieval reads: what the trunk alone gives."""
 Floats = NDArray[np.float32]
 
 
@@ -39,7 +42,7 @@ class RetrievalHead(nn.Module):
     audio_centre: Tensor
     audio_scale: Tensor
 
-    def __init__(self, meanings: int, words: HashedWords | None = None, video: int = POOLED) -> None:
+    def __init__(self, meanings: int, words: HashedWords | None = None, video: int = SIGHT) -> None:
         super().__init__()
         for name, length in (("video", video), ("audio", EMBEDDING)):
             self.register_buffer(f"{name}_centre", torch.zeros(length))
@@ -58,7 +61,7 @@ class RetrievalHead(nn.Module):
         return self.embed_pooled(pool(features, frame_mask), frame_mask.amax(dim=1), audio, audio_mask)
 
     def embed_pooled(self, pooled: Tensor, seen: Tensor, audio: Tensor, heard: Tensor) -> Tensor:
-        """As ``embed_clip`` from pooled features ``[B, POOLED]``; ``seen`` and ``heard`` ``[B]``, 0 for absent."""
+        """As ``embed_clip`` from pooled features ``[B, SIGHT]``; ``seen`` and ``heard`` ``[B]``, 0 for absent."""
         sight = self.see((pooled - self.video_centre) * self.video_scale)
         noise = self.hear((audio - self.audio_centre) * self.audio_scale)
         by_sight = (sight / TEMPERATURE).softmax(dim=1)
@@ -90,7 +93,7 @@ class Captioned:
     answer: str
     """A query is answered by any recording with its own ``answer``."""
     video: Floats
-    """Pooled features of its windows as the service cuts them, float32 ``[W, POOLED]``; no rows for a sound."""
+    """Pooled features of its windows as the service cuts them, float32 ``[W, SIGHT]``; no rows for a sound."""
     audio: Floats
     """Embeddings of its windows' sound, float32 ``[V, EMBEDDING]``; no rows for a silent recording."""
     extra: tuple[str, ...] = field(default=())
@@ -150,7 +153,7 @@ def _regress(linear: nn.Linear, inputs: Tensor, axes: Sequence[int], penalty: fl
 def embed_recording(head: RetrievalHead, clip: Captioned) -> Floats:
     """Mean of the embeddings of a recording's windows, of unit length, float32 ``[meanings]``."""
     count = len(clip.video) or len(clip.audio)
-    video = clip.video if len(clip.video) else np.zeros((count, POOLED), np.float32)
+    video = clip.video if len(clip.video) else np.zeros((count, SIGHT), np.float32)
     audio = clip.audio if len(clip.audio) else np.zeros((count, EMBEDDING), np.float32)
     with torch.inference_mode():
         windows = head.embed_pooled(

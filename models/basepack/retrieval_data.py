@@ -19,6 +19,7 @@ from models.basepack.labels import SOUNDS
 from models.basepack.retrieval import Captioned
 from models.basepack.sound_bank import FOLDS
 from models.basepack.tables import Sound
+from models.basepack.watch import TRUNK_FEATURES
 from models.basepack.window import pool
 from models.losses import known_cross_entropy
 from models.metrics import Interval, bootstrap_each, recall_at, retrieval_ranks
@@ -37,7 +38,8 @@ def captioned_videos(recordings: Sequence[Encoded], sentences: Mapping[str, str]
         if recording.dataset not in CAPTIONED:
             continue
         features, masks = zip(*(window_features(window) for window in service_windows(item)), strict=True)
-        pooled = pool(torch.from_numpy(np.stack(features)), torch.from_numpy(np.stack(masks))).numpy()
+        trunk = torch.from_numpy(np.stack(features)[..., :TRUNK_FEATURES])
+        pooled = pool(trunk, torch.from_numpy(np.stack(masks))).numpy()
         if captions.is_template(recording):
             meaning = recording.spans[0].label
             texts, asked = captions.TRAIN[meaning], captions.TEST[meaning]

@@ -1,16 +1,16 @@
 """Train the base pack: `sightwire train models/configs/base.yaml`.
 
-Straight through: read and check the data; encode it once with the frozen trunk; train the sound networks, the action
-heads and the retrieval heads, each once for all data and once for every fold held out; find temperatures and
-thresholds by the scores of the latter; train the segmentation decoder; store the weights; measure them. What takes
-long goes on where it was interrupted.
+Straight through: read and check the data; teach the finders of joints; encode the data once with the frozen parts;
+train the sound networks, the action heads and the retrieval heads, each once for all data and once for every fold held
+out; find temperatures and thresholds by the scores of the latter; train the segmentation decoder; store the weights;
+measure them. What takes long goes on where it was interrupted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,15 +21,18 @@ from torch import Tensor
 from models.backbones.frame import EfficientNetLite0, imagenet_trunk
 from models.basepack import tables
 from models.basepack.action import Pooled, fit_action, pooled, rescale, score
-from models.basepack.batches import Window, calibration_windows, training_windows
+from models.basepack.batches import calibration_windows, training_windows
 from models.basepack.cache import PLAIN, Encoded, encode_all, encode_recording
 from models.basepack.calibrate import at_thresholds, calibrate, label_scaling
 from models.basepack.config import TrainConfig, read_config
 from models.basepack.everyday import everyday_metrics
 from models.basepack.fit import Stage, fit
-from models.basepack.folds import SET2, folds_of, in_second_place, save_heads
-from models.basepack.frozen import FrozenEncoder, FrozenPyramid
+from models.basepack.folds import SET2, held_out, save_heads
+from models.basepack.frozen import FrozenEncoder, FrozenMaps, FrozenPyramid
 from models.basepack.hearing import Hearing
+from models.basepack.joint_fit import fit_finders
+from models.basepack.joints import all_finders, finder_numbers, save_finders
+from models.basepack.labels import ACTIONS
 from models.basepack.network import BaseModel, Calibration, load_weights, save_weights
 from models.basepack.predict import ActionScores, score_sounds
 from models.basepack.protocol import Figures, evaluate_weights, gallery, write_metrics
@@ -82,7 +85,11 @@ def _train(config: TrainConfig, report: Report) -> Figures:
     config.out.mkdir(parents=True, exist_ok=True)
     model = BaseModel(stored_trunk())
     ear = FrozenEar(model.trunk, config.cache, config.threads)
-    encoder = FrozenEncoder(model.trunk, config.cache, config.threads)
+    maps = FrozenMaps(model.trunk, config.cache, config.threads)
+    model.joints, finders = fit_finders(read.recordings, maps, config.cache, config.joints, config.seed, report)
+    save_finders(finders, config.out)
+    finders_all = all_finders(model.joints, finders)
+    encoder = FrozenEncoder(model.trunk, config.cache, config.threads, finders=finders_all)
     count = _counter(report, "encode video", len(read.recordings))
     encoded = list(encode_all(read.recordings, encoder, config.cache, count))
 
@@ -108,7 +115,7 @@ def _measured(
     """Figures of the weights as they are stored, in half precision, not as they were trained."""
     figures = evaluate_weights(config.out, config.data, cache=config.cache, limit=config.limit, report=report)
     stored, _ = load_weights(config.out)
-    encoder = FrozenEncoder(stored.trunk, config.cache, config.threads)
+    encoder = FrozenEncoder(stored.trunk, config.cache, config.threads, finders=[stored.joints])
     clips = [encode_recording(item, encoder, config.cache, (PLAIN,)) for item in tables.everyday(config.data)]
     extra = {
         "at_thresholds": at_thresholds(actions, calibration),
@@ -167,23 +174,24 @@ def fit_actions(
 
     Returns the scores of every recording by the head that has not seen its group, scaled as the model's are.
     """
-    learned = pooled([w for item in encoded for w in training_windows(item)], hearing)
-    asked = pooled([w for item in encoded for w in calibration_windows(item)], hearing)
-    folds = dict(zip((id(item) for item in encoded), folds_of([i.recording for i in encoded]), strict=True))
-    train_at, ask_at = _folds(learned.windows, folds), _folds(asked.windows, folds)
+    learned = [w for item in encoded for w in training_windows(item)]
+    asked = [w for item in encoded for w in calibration_windows(item)]
+    hidden = held_out([item.recording for item in encoded])
+    places = finder_numbers(hidden)
     heads: dict[str, WindowHead] = {}
-    logits = np.zeros(tuple(asked.targets.shape), np.float32)
-    for number, fold in enumerate(sorted(set(folds.values())), start=1):
-        heads[str(fold)] = _fitted(config, model, learned.rows(train_at != fold))
-        if (ask_at == fold).any():
-            logits[ask_at == fold] = score(heads[str(fold)], asked.rows(ask_at == fold))
-        report("actions by fold", number, len(set(folds.values())), None)
-    elsewhere = np.array([in_second_place(window.encoded.recording) for window in learned.windows])
-    heads[SET2] = _fitted(config, model, learned.rows(~elsewhere))
+    logits = np.zeros((len(asked), len(ACTIONS)), np.float32)
+    for number, (name, unseen) in enumerate(hidden.items(), start=1):
+        outside = {id(item) for item, out in zip(encoded, unseen, strict=True) if out}
+        seen = [w for w in learned if id(w.encoded) not in outside]
+        heads[name] = _fitted(config, model, pooled(seen, hearing, places[name]))
+        rows = [n for n, w in enumerate(asked) if name != SET2 and id(w.encoded) in outside]
+        if rows:
+            logits[rows] = score(heads[name], pooled([asked[n] for n in rows], hearing, places[name]))
+        report("actions by fold", number, len(hidden), None)
     save_heads(heads, config.out)
-    scores = ActionScores(asked.windows, logits, asked.targets.numpy())
+    scores = ActionScores(tuple(asked), logits, np.stack([window.targets for window in asked]))
     scaling = label_scaling(scores)
-    fit_action(model.window, learned, config.action)
+    fit_action(model.window, pooled(learned, hearing), config.action)
     rescale(model.window, scaling.slope, scaling.offset)
     return scaling(scores)
 
@@ -193,10 +201,6 @@ def _fitted(config: TrainConfig, model: BaseModel, data: Pooled) -> WindowHead:
     head.sound = model.window.sound
     fit_action(head, data, config.action)
     return head
-
-
-def _folds(windows: Iterable[Window], folds: dict[int, int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    return np.array([folds[id(window.encoded)] for window in windows], np.int64)
 
 
 def fit_decoder(config: TrainConfig, read: Tables, trunk: EfficientNetLite0, report: Report) -> PyramidDecoder:

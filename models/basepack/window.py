@@ -1,11 +1,11 @@
 """The window head: what sixteen samples and two seconds of sound say together.
 
 Actions are judged by experts that were each trained alone and are added (products of experts, Hinton 2002): one sees
-what changes, one at which height it changes, one how things look, and one hears. Each is logistic regression, which is
-all that a few hundred clips can teach without being learned by heart: on the mean and the spread over time of the
-frozen features (moving pictures differ from standing ones by the latter), or on the embedding of the sound. What is
-absent adds nothing, so any subset works, and the contribution of each modality is a plain difference. For serving,
-those that see are one product.
+what changes, one at which height it changes, one around which joints, one how things look, and one hears. Each is
+logistic regression, which is all that a few hundred clips can teach without being learned by heart: on the mean and the
+spread over time of the frozen features (moving pictures differ from standing ones by the latter), or on the embedding
+of the sound. What is absent adds nothing, so any subset works, and the contribution of each modality is a plain
+difference. For serving, those that see are one product.
 
 Sounds are judged by ear alone: no recording here shows what makes them, so a picture could only mislead.
 """

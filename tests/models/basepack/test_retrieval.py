@@ -13,6 +13,7 @@ import torch
 from models.audio import EMBEDDING
 from models.basepack import captions
 from models.basepack.retrieval import (
+    SIGHT,
     Captioned,
     RetrievalFit,
     RetrievalHead,
@@ -32,8 +33,7 @@ from models.basepack.retrieval_protocol import (
 from models.basepack.sound import SOUND_FEATURES, SoundNet
 from models.basepack.sound_bank import FOLDS
 from models.basepack.text_tower import BagOfWords, HashedWords
-from models.basepack.watch import FEATURES
-from models.basepack.window import POOLED
+from models.basepack.watch import TRUNK_FEATURES
 from models.errors import DataError, WeightsError
 
 WORDS = HashedWords()
@@ -47,9 +47,9 @@ def quiet(stage: str, done: int, total: int, loss: float | None) -> None:
 
 def recording(label: str, number: int, random: np.random.Generator) -> Captioned:
     """Video whose features say the label."""
-    video = random.standard_normal((4, POOLED)).astype(np.float32) * 0.3
+    video = random.standard_normal((4, SIGHT)).astype(np.float32) * 0.3
     place = LABELS.index(label) * 40
-    video[:, POOLED // 2 - FEATURES // 2 + place : POOLED // 2 - FEATURES // 2 + place + 40] += 2.0
+    video[:, SIGHT // 2 - TRUNK_FEATURES // 2 + place : SIGHT // 2 - TRUNK_FEATURES // 2 + place + 40] += 2.0
     texts, asked = captions.TRAIN[label], captions.TEST[label]
     nothing = np.zeros((0, EMBEDDING), np.float32)
     return Captioned(f"{label}{number}", "made", str(number), label, texts, asked[0], label, video, nothing)
@@ -110,7 +110,7 @@ def test_the_table_answers_as_the_layer_on_bags() -> None:
 def test_unit_length_and_absent_modalities() -> None:
     torch.manual_seed(0)
     head = RetrievalHead(MEANINGS).eval()
-    features, audio = torch.rand(3, 8, FEATURES), torch.randn(3, EMBEDDING)
+    features, audio = torch.rand(3, 8, TRUNK_FEATURES), torch.randn(3, EMBEDDING)
     mask, heard = torch.ones(3, 8), torch.tensor([1.0, 0.0, 1.0])
     mask[2] = 0.0
     out = head.embed_clip(features, mask, audio, heard)

@@ -12,6 +12,7 @@ from models.basepack.cache import PLAIN, Encoded, encode_recording
 from models.basepack.everyday import everyday_metrics
 from models.basepack.frozen import FrozenEncoder
 from models.basepack.hearing import Hearing
+from models.basepack.joints import all_finders, load_finders
 from models.basepack.network import BaseModel, Calibration
 from models.basepack.protocol import action_figures, scene_figures, sound_figures
 from models.basepack.sound import FrozenEar
@@ -63,7 +64,9 @@ def test_every_figure_has_its_interval_and_baseline(published: dict[str, float])
 
 def test_no_violence_on_an_ordinary_street(shipped: BaseModel, street: Path, tmp_path: Path) -> None:
     recording = tables.Recording(street, "everyday", street.stem, ())
-    clip = encode_recording(recording, FrozenEncoder(shipped.trunk, tmp_path, threads=1), tmp_path, (PLAIN,))
+    clip = encode_recording(
+        recording, FrozenEncoder(shipped.trunk, tmp_path, 1, finders=[shipped.joints]), tmp_path, (PLAIN,)
+    )
     hearing = Hearing(shipped.window.sound, FrozenEar(shipped.trunk, tmp_path))
     said = everyday_metrics(shipped.window, Calibration.read(WEIGHTS), [clip], hearing)[street.name]
     assert int(str(said["windows"])) > 10
@@ -74,7 +77,8 @@ def test_no_violence_on_an_ordinary_street(shipped: BaseModel, street: Path, tmp
 
 def test_actions_again(data: Path, shipped: BaseModel, published: dict[str, float], tmp_path: Path) -> None:
     """Falls at home and two sets of clips; fights take long to decode and are left to `sightwire evaluate base`."""
-    encoder = FrozenEncoder(shipped.trunk, tmp_path, threads=1)
+    finders = all_finders(shipped.joints, load_finders(WEIGHTS))
+    encoder = FrozenEncoder(shipped.trunk, tmp_path, 1, finders=finders)
     recordings = [r for r in tables.recordings(data) if r.dataset in ("gmdcsa24", "ut-interaction", "weizmann")]
     encoded: list[Encoded] = [encode_recording(r, encoder, tmp_path, (PLAIN,)) for r in recordings]
     again = action_figures(WEIGHTS, shipped, encoded, FrozenEar(shipped.trunk, tmp_path), quiet, baseline=False)

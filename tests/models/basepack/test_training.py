@@ -33,6 +33,9 @@ from models.metrics import auroc, average_precision, balanced_accuracy
 CONFIG = Path(__file__).parents[3] / "models" / "configs" / "base.yaml"
 
 
+ACTION = ActionFit(penalty=1e-2, frame_weight=0.3, band_weight=0.5, joint_weight=2.0, audio_weight=0.1, iterations=20)
+
+
 class Silent:
     """Hears nothing."""
 
@@ -52,7 +55,7 @@ def trunk() -> EfficientNetLite0:
 
 def fitted(data: Pooled, trunk: EfficientNetLite0) -> WindowHead:
     head = WindowHead(trunk)
-    fit_action(head, data, ActionFit(penalty=1e-2, frame_weight=0.3, band_weight=0.5, audio_weight=0.1, iterations=20))
+    fit_action(head, data, ACTION)
     return head
 
 
