@@ -174,7 +174,7 @@ class Stepper:
         for at in range(len(courses[0].steps)):
             going = sum(len(course.steps) > at for course in courses)
             steps = [course.steps[at] for course in courses[:going]]
-            states = _emptied({name: array[:going] for name, array in states.items()}, steps)
+            states = _emptied(_rows(states, slice(0, going)) if going < len(courses) else states, steps)
             outputs = self._graph.infer({**self._media(steps, sound), **states})
             for row, step in enumerate(steps):
                 if step.answers:
@@ -220,12 +220,13 @@ class Stepper:
         rows = [(n, course, course.seen) for n, course in enumerate(ended, first) if course.seen is not None]
         if not rows:
             return
-        places = slice(first, len(courses)) if len(rows) == len(ended) else [n for n, _, _ in rows]
-        self._states.put(
-            [course.source_id for _, course, _ in rows],
-            [seen for _, _, seen in rows],
-            {name: array[places] for name, array in states.items()},
-        )
+        if len(rows) < len(courses):
+            states = _rows(states, slice(first, None) if len(rows) == len(ended) else [n for n, _, _ in rows])
+        self._states.put([course.source_id for _, course, _ in rows], [seen for _, _, seen in rows], states)
+
+
+def _rows(states: Tensors, which: slice | list[int]) -> dict[str, Array]:
+    return {name: array[which] for name, array in states.items()}
 
 
 def _emptied(states: dict[str, Array], steps: Sequence[Step]) -> dict[str, Array]:
