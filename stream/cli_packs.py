@@ -67,7 +67,9 @@ def swap(
     ] = None,
     max_disagreement: Annotated[
         float | None,
-        typer.Option("--max-disagreement", help="Largest share a head may differ by (default: 0.05)."),
+        typer.Option(
+            "--max-disagreement", help="Largest share a head may differ by (default: 0.05, masks by precision)."
+        ),
     ] = None,
     api: ApiOption = None,
 ) -> None:

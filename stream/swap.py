@@ -22,7 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engines.errors import EngineError, PackNotFound
 from engines.manifest import Manifest, Precision, read_manifest
+from engines.parity import mask_bound_of
 from stream.clock import NS_PER_S, Clock
+from stream.disagreement import HeadDisagreement
 from stream.engine_pool import EnginePool, PackLoad
 from stream.errors import SettingsError, SightwireError
 from stream.event_format import PackInfo
@@ -33,6 +35,8 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.1
 """How often a comparison is looked at when no batch comes."""
+MAX_DISAGREEMENT = 0.05
+"""See ``SwapRequest.max_disagreement``."""
 JUDGE_NS = 2 * NS_PER_S
 """A new pack's speed is judged after this long (or at the end of a shorter comparison)."""
 
@@ -62,8 +66,9 @@ class SwapRequest(BaseModel):
     """The least exact precision that may be used; as now when not given."""
     compare_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long both run; 0 takes the new one over untried."""
-    max_disagreement: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Largest share by which a head may disagree (see ``HeadDisagreement.share``)."""
+    max_disagreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Largest share by which a head may disagree (see ``HeadDisagreement.share``). When not given: for masks what the
+    precisions may differ by (``Swap.mask_share``), but at least ``MAX_DISAGREEMENT``, which is that of all others."""
 
 
 class SwapPhase(StrEnum):
@@ -102,6 +107,8 @@ class Swap:
     phase: SwapPhase = SwapPhase.LOADING
     new: PackInfo | None = None
     """What is to serve; known once it is loaded."""
+    mask_share: float = 0.0
+    """Share of a mask's pixels in which the two packs may differ by their precisions alone."""
     compared_ns: int = 0
     """How long both have run."""
     figures: TrialFigures | None = None
@@ -152,12 +159,26 @@ def judge(swap: Swap, figures: TrialFigures, loads: Mapping[str, PackLoad], thre
             "or set compare_s to 0"
         )
     for head, found in figures.heads.items():
-        if found.share > request.max_disagreement:
+        allowed = _allowed(swap, found)
+        if found.share > allowed:
             raise RolledBack(
                 f"head {head} disagrees by {found.share:.1%} (over {found.windows} windows), more than the "
-                f"{request.max_disagreement:.1%} allowed; look at the new pack, or raise max_disagreement"
+                f"{allowed:.1%} allowed; look at the new pack, or raise max_disagreement"
             )
     return True
+
+
+def _allowed(swap: Swap, found: HeadDisagreement) -> float:
+    if swap.request.max_disagreement is not None:
+        return swap.request.max_disagreement
+    return MAX_DISAGREEMENT if found.mask_agreement is None else max(MAX_DISAGREEMENT, swap.mask_share)
+
+
+def mask_share(*packs: ServedPack) -> float:
+    """Share of a mask's pixels in which the least exact of some packs may differ from PyTorch."""
+    precisions = [(pack.manifest, name) for pack in packs for name in pack.info.precision.split("+")]
+    bounds = [mask_bound_of(manifest, name) for manifest, name in precisions]
+    return max((1 - bound for bound in bounds if bound is not None), default=0.0)
 
 
 class Swaps:
@@ -291,7 +312,7 @@ class Swaps:
             raise
 
     async def _take_over(self, swap: Swap, old: Generation, new: Generation) -> None:
-        swap.new = new.pack.info
+        swap.new, swap.mask_share = new.pack.info, mask_share(old.pack, new.pack)
         try:
             await self._compare(swap, old, new)
         except BaseException:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,20 @@ async def test_it_says_what_the_home_folder_holds(home: Path) -> None:
     (home / "spool.db").write_bytes(bytes(1 << 20))
     found = (await findings())["home"].finding
     assert "packs 3.0 MiB" in found and "spool 1.0 MiB" in found
+
+
+async def test_a_damaged_graph_is_seen_though_its_hash_agrees(home: Path, tiny_pack: Path) -> None:
+    folder = home / "packs" / "tiny"
+    shutil.copytree(tiny_pack, folder)
+    assert (await findings())["pack tiny"].ok
+    manifest = json.loads((folder / "manifest.json").read_text())
+    graph = manifest["graphs"][0]
+    whole = (folder / graph["file"]).read_bytes()
+    (folder / graph["file"]).write_bytes(whole[: len(whole) // 2])
+    graph["sha256"] = hashlib.sha256(whole[: len(whole) // 2]).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = (await findings())["pack tiny"]
+    assert found.ok is False and f"graph {graph['name']}" in found.finding and "export the pack again" in found.finding
 
 
 async def test_a_disk_that_is_nearly_full_is_not_well(monkeypatch: pytest.MonkeyPatch) -> None:

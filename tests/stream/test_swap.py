@@ -292,7 +292,7 @@ async def test_a_pack_that_gives_nan_does_not_stop_the_others(tiny_pack: Path) -
         # The scene graph of the broken pack is sane.
         assert s.service.metrics.views.windows == {("tiny", "ok"): 15, ("broken", "ok"): 6, ("broken", "failed"): 9}
         assert s.service.ledger.hop("cam", "inference").dropped["failed"] == 9
-        assert (await s.metrics())['sightwire_inference_failures_total{reason="InferenceError"}'] > 0
+        assert (await s.metrics())['sightwire_inference_failures_total{reason="NotFinite"}'] > 0
     assert {e.data["pack"]["name"] for e in s.collector.events if e.subject == "bright"} == {"tiny"}
 
 

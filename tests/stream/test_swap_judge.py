@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from stream.clock import NS_PER_S
 from stream.disagreement import Disagreement, HeadDisagreement
 from stream.engine_pool import PackLoad
 from stream.event_format import PackInfo
-from stream.swap import RolledBack, Swap, SwapRequest, engines_needed, judge
+from stream.packs import ServedPack
+from stream.swap import RolledBack, Swap, SwapRequest, engines_needed, judge, mask_share
 from stream.trial import TrialFigures
 from stream.types import Prediction
 from tests.stream.test_events import SHA, manifest, window
@@ -27,8 +29,11 @@ def figures(*, windows: int = 100, old_ms: float = 10, new_ms: float = 10, error
     return TrialFigures(windows, heads, windows, int(windows * old_ms * MS), int(windows * new_ms * MS), error)
 
 
-def verdict(found: TrialFigures, *, at_s: float, offered: int = 0, threads: int = 1, **asked: float) -> bool:
-    swap = Swap("p", SwapRequest(compare_s=10, **asked), INFO, 0, compared_ns=int(at_s * NS_PER_S))
+def verdict(
+    found: TrialFigures, *, at_s: float, offered: int = 0, threads: int = 1, mask_share: float = 0.0, **asked: float
+) -> bool:
+    request = SwapRequest(compare_s=10, **asked)
+    swap = Swap("p", request, INFO, 0, mask_share=mask_share, compared_ns=int(at_s * NS_PER_S))
     loads = {"p": PackLoad(offered, 100, 100 * 10 * MS), "q": PackLoad(offered, 100, 100 * 5 * MS)}
     return judge(swap, found, loads, threads)
 
@@ -53,6 +58,32 @@ def test_disagreement_counts_at_the_end() -> None:
     with pytest.raises(RolledBack, match=r"head action disagrees by 4\.0% \(over 100 windows\), more than the 1\.0%"):
         verdict(figures(), at_s=10, max_disagreement=0.01)
     assert verdict(figures(), at_s=10, max_disagreement=0.04)
+
+
+def test_masks_may_differ_by_what_their_precision_allows() -> None:
+    heads = MappingProxyType({"scene": HeadDisagreement(100, mask_agreement=0.9)})
+    found = replace(figures(), heads=heads)
+    with pytest.raises(RolledBack, match=r"head scene disagrees by 10\.0% .* more than the 5\.0% allowed"):
+        verdict(found, at_s=10)
+    assert verdict(found, at_s=10, mask_share=0.15)
+    with pytest.raises(RolledBack, match=r"more than the 7\.0% allowed"):
+        verdict(found, at_s=10, mask_share=0.07)
+    with pytest.raises(RolledBack, match=r"more than the 1\.0% allowed"):
+        verdict(found, at_s=10, mask_share=0.15, max_disagreement=0.01)
+    # Decisions are what the user sees, at any precision.
+    other = replace(figures(), heads=MappingProxyType({"action": HeadDisagreement(100, other_side=0.1)}))
+    with pytest.raises(RolledBack, match=r"head action disagrees by 10\.0% .* more than the 5\.0% allowed"):
+        verdict(other, at_s=10, mask_share=0.15)
+
+
+def test_the_less_exact_pack_decides() -> None:
+    def share(*precisions: str) -> float:
+        packs = [SimpleNamespace(manifest=manifest(), info=replace(INFO, precision=one)) for one in precisions]
+        return mask_share(*cast("list[ServedPack]", packs))
+
+    assert share("fp32", "fp32") == pytest.approx(0.001)
+    assert share("fp32", "bf16+fp32") == pytest.approx(0.07)
+    assert share("int8", "bf16") == pytest.approx(0.15)
 
 
 def test_too_slow_is_what_the_live_sources_would_need_more_threads_for() -> None:
