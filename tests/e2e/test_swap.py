@@ -39,7 +39,7 @@ def service(house: Path) -> Iterator[Running]:
 def test_packs_are_listed_and_swapped_from_another_terminal(house: Path, service: Running) -> None:
     (told,) = [line for line in service.text().splitlines() if "does not run" in line]
     assert "pack broken does not run, the others go on without it: pack broken: watch_window.onnx is not" in told
-    address = re.search(r"metrics +(http://\S+)/metrics", service.text())
+    address = re.search(r"page +(http://\S+)/ ", service.text())
     assert address is not None
     api = address[1]
     listed = sightwire(house, "packs", "list", "--api", api).out
