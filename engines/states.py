@@ -1,8 +1,7 @@
-"""Where stateful graphs' states lie between two hops: one row for each stream, in arrays that are filled again and
-again.
+"""Where stateful graphs' states lie between two hops: for each stream the arrays that its last hop gave, not copied.
 
-The arrays double as streams come, up to a limit; beyond it the stream that was not heard of for longest loses its
-row, and must begin anew. Nothing counts hops or frames: a store works for as long as its process.
+Beyond a number of streams the one that was not heard of for longest loses its states, and must begin anew. Nothing
+counts hops or frames: a store works for as long as its process.
 """
 
 from __future__ import annotations
@@ -18,132 +17,101 @@ import numpy as np
 from engines.manifest import Branch, Manifest, TensorSpec
 from engines.types import NUMPY_DTYPES, Array, Tensors
 
-FIRST_ROWS = 4
-"""Rows at first."""
-
 Mark = TypeVar("Mark")
 
 
 class StateStore(Generic[Mark]):
-    """Rows of states by stream, each with a mark that says how far the stream has come.
+    """States by stream, each with a mark that says how far the stream has come.
 
     May be used by several threads at once; a stream by one of them at a time. ``states`` are the tensors as the graph
-    takes them, the batch first; ``limit`` is the most rows.
+    takes them, the batch first; ``limit`` is the most streams. Arrays are handed in and out as they are, and nobody may
+    write to one.
     """
 
     def __init__(self, states: Sequence[TensorSpec], limit: int) -> None:
         if limit < 1:
-            raise ValueError(f"a store of {limit} rows holds no state")
+            raise ValueError(f"a store for {limit} streams holds no state")
         self._limit = limit
+        self._row_bytes = row_bytes(states)
         self._sizes = {state.name: tuple(int(size) for size in state.shape[1:]) for state in states}
         self._dtypes = {state.name: NUMPY_DTYPES[state.dtype] for state in states}
-        self._arrays = {name: self._empty(name, 0) for name in self._sizes}
-        self._capacity = 0
-        self._free: list[int] = []
-        self._rows: OrderedDict[str, tuple[int, Mark]] = OrderedDict()
-        """Row and mark by stream, the one used longest ago first."""
-        self._held: set[str] = set()
-        """Streams whose rows are being read."""
+        self._kept: OrderedDict[str, tuple[Mark, dict[str, Array]]] = OrderedDict()
+        """Mark and states ``[1, ...]`` by stream, the one used longest ago first."""
         self._lock = threading.Lock()
         self.evicted = 0
-        """Times that a stream lost its row to another, or found none."""
+        """Times that a stream lost its states to another, or found no room."""
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._kept)
 
     @property
     def nbytes(self) -> int:
-        """Memory of all rows, used or not."""
-        return sum(array.nbytes for array in self._arrays.values())
+        """Memory of all states that are kept."""
+        return len(self._kept) * self._row_bytes
 
     def gather(
         self, streams: Sequence[str], into: Mapping[str, Array] | None = None
     ) -> tuple[list[Mark | None], dict[str, Array]]:
-        """Marks of the streams, and their states by input name, ``[streams, ...]``, which are not to be changed.
+        """Marks of the streams, and their states by input name, ``[streams, ...]``.
 
-        A stream without a row has no mark and zeros, which are the empty past. Of one stream alone the states are its
-        row, which it keeps until ``release``; of several they are copies, in the first rows of ``into`` (see
-        ``buffers``) where it is given.
+        A stream without states has no mark and zeros, which are the empty past. One stream's states are given as they
+        are kept; those of several are copies, in the first rows of ``into`` (see ``buffers``) where it is given.
         """
         with self._lock:
-            found = [self._rows.get(stream) for stream in streams]
-            for stream, row in zip(streams, found, strict=True):
-                if row is not None:
-                    self._rows.move_to_end(stream)
-            marks = [None if row is None else row[1] for row in found]
-            if len(found) == 1 and found[0] is not None:
-                self._held.update(streams)
-                at = found[0][0]
-                return marks, {name: array[at : at + 1] for name, array in self._arrays.items()}
-            states = {name: array[: len(streams)] for name, array in (into or self.buffers(len(streams))).items()}
-            for name, array in self._arrays.items():
-                for place, row in enumerate(found):
-                    states[name][place] = 0 if row is None else array[row[0]]
+            found = [self._kept.get(stream) for stream in streams]
+            for stream, kept in zip(streams, found, strict=True):
+                if kept is not None:
+                    self._kept.move_to_end(stream)
+        marks = [None if kept is None else kept[0] for kept in found]
+        if len(found) == 1 and found[0] is not None:
+            return marks, dict(found[0][1])
+        states = {name: array[: len(streams)] for name, array in (into or self.buffers(len(streams))).items()}
+        for place, kept in enumerate(found):
+            for name, array in states.items():
+                array[place] = 0 if kept is None else kept[1][name][0]
         return marks, states
-
-    def release(self, streams: Sequence[str]) -> None:
-        """What ``gather`` gave is used no more; nothing happens where it gave copies."""
-        with self._lock:
-            self._held.difference_update(streams)
 
     def buffers(self, streams: int) -> dict[str, Array]:
         """Room for the states of so many streams: large arrays are better used again than made anew."""
-        return {name: self._empty(name, streams) for name in self._sizes}
+        return {name: np.zeros((streams, *size), self._dtypes[name]) for name, size in self._sizes.items()}
 
     def put(self, streams: Sequence[str], marks: Sequence[Mark], states: Tensors) -> None:
         """Keep states (by input name, ``[streams, ...]``) and marks; each stream is named once.
 
-        Where there is no room for all of them, those named first are not kept.
+        One stream's arrays are kept themselves: to copy megabytes at each hop costs. Rows of larger arrays are copied,
+        or a stream that stays away would keep those of others. Where there is no room for all, those named first are
+        not kept.
         """
+        own = [{name: _row(states[name], place) for name in self._sizes} for place in range(len(streams))]
         with self._lock:
             for stream in streams:
-                if stream in self._rows:
-                    self._rows.move_to_end(stream)
+                if stream in self._kept:
+                    self._kept.move_to_end(stream)
             for place in reversed(range(len(streams))):
-                row = self._row_for(streams[place], marks[place], streams[place:])
-                if row is None:
-                    self.evicted += 1
-                    continue
-                for name, array in self._arrays.items():
-                    array[row] = states[name][place]
+                if self._has_room(streams[place:]):
+                    self._kept[streams[place]] = (marks[place], own[place])
+                    self._kept.move_to_end(streams[place])
 
     def forget(self, stream: str) -> None:
-        """Give a stream's row back; nothing happens where there is none."""
+        """Drop a stream's states; nothing happens where there are none."""
         with self._lock:
-            self._drop(stream)
+            self._kept.pop(stream, None)
 
-    def _drop(self, stream: str) -> None:
-        if (found := self._rows.pop(stream, None)) is not None:
-            self._free.append(found[0])
+    def _has_room(self, streams: Sequence[str]) -> bool:
+        """Make room for the first of some streams that are put together; false where the others take all there is."""
+        if streams[0] in self._kept or len(self._kept) < self._limit:
+            return True
+        self.evicted += 1
+        leaves = next((other for other in self._kept if other not in streams), None)
+        if leaves is not None:
+            del self._kept[leaves]
+        return leaves is not None
 
-    def _row_for(self, stream: str, mark: Mark, stay: Sequence[str]) -> int | None:
-        """Give a stream a row; ``None`` where all belong to streams that ``stay`` or whose rows are being read."""
-        found = self._rows.pop(stream, None)
-        if found is None and not self._free and self._capacity < self._limit:
-            self._grow()
-        if found is not None:
-            row = found[0]
-        elif self._free:
-            row = self._free.pop()
-        else:
-            leaves = next((other for other in self._rows if other not in stay and other not in self._held), None)
-            if leaves is None:
-                return None
-            row, _ = self._rows.pop(leaves)
-            self.evicted += 1
-        self._rows[stream] = (row, mark)
-        return row
 
-    def _grow(self) -> None:
-        capacity = min(self._limit, max(FIRST_ROWS, 2 * self._capacity))
-        for name, array in self._arrays.items():
-            self._arrays[name] = self._empty(name, capacity)
-            self._arrays[name][: self._capacity] = array
-        self._free += range(capacity - 1, self._capacity - 1, -1)
-        self._capacity = capacity
-
-    def _empty(self, name: str, rows: int) -> Array:
-        return np.zeros((rows, *self._sizes[name]), self._dtypes[name])
+def _row(array: Array, place: int) -> Array:
+    """One row ``[1, ...]`` of an array; it keeps no more memory than its own."""
+    part = isinstance(array.base, np.ndarray) or len(array) > 1
+    return array[place : place + 1].copy() if part else array
 
 
 def state_tensors(branch: Branch, inputs: Sequence[TensorSpec]) -> list[TensorSpec]:

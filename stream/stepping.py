@@ -2,7 +2,7 @@
 
 A source's states have come up to some window of an epoch. The next window adds its last hop. Where windows were
 dropped in between, it adds as many hops as are missing; a window that does not reach back so far, or whose source has
-no states (the first of an epoch; one that lost its row to others), is computed from an empty past over all its hops.
+no states (the first of an epoch; one that lost its states to others), is computed from an empty past over all its hops.
 
 A missing sample is replaced by the newest before it, which may be older than the window; where none is before, by the
 first that is there. Until the first frame of an epoch has come there is no past: such windows are answered, and
@@ -41,7 +41,7 @@ class Seen:
 class BranchStates(StateStore[Seen]):
     """States of all sources for one branch; shared by all engine threads.
 
-    The batcher never has one source's branch in two batches at once, so no two threads touch one source's row.
+    The batcher never has one source's branch in two batches at once, so no two threads touch one source's states.
     ``max_bytes`` bounds the memory, but one source always has room.
     """
 
@@ -164,8 +164,6 @@ class Stepper:
             for source in group:
                 self._states.forget(source)
             raise
-        finally:
-            self._states.release(list(group))
         self._states.count(sum(len(course.steps) for course in courses), sum(course.restarted for course in courses))
 
     def _run(

@@ -1,4 +1,4 @@
-"""Rows of states: who has one, who loses it, and that no row ever holds another stream's states."""
+"""States of streams: who keeps them, who loses them, and that no stream ever gets another's."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def test_states_come_back_as_they_were_put() -> None:
     assert store.gather(["a"])[0] == ["later"] and len(store) == 3
 
 
-def test_rows_double_up_to_the_limit_and_no_further() -> None:
+def test_streams_are_kept_up_to_the_limit_and_no_further() -> None:
     store: StateStore[int] = StateStore(STATES, limit=10)
     assert store.nbytes == 0 and row_bytes(STATES) == 16
     sizes = []
     for n in range(20):
         store.put([f"s{n}"], [n], filled(n))
         sizes.append(store.nbytes // row_bytes(STATES))
-    assert sizes == [4] * 4 + [8] * 4 + [10] * 12
+    assert sizes == [*range(1, 11)] + [10] * 10
     assert len(store) == 10 and store.evicted == 10
     marks, states = store.gather([f"s{n}" for n in range(20)])
     assert marks == [None] * 10 + list(range(10, 20))
@@ -90,17 +90,27 @@ def test_more_streams_at_once_than_rows() -> None:
     np.testing.assert_array_equal(states["sums"][:, 0], [0, 2, 3])
 
 
-def test_a_row_that_is_being_read_stays() -> None:
+def test_what_was_read_stays_when_its_stream_makes_way() -> None:
     store: StateStore[int] = StateStore(STATES, limit=1)
     store.put(["a"], [1], filled(1))
     _, states = store.gather(["a"])
     store.put(["b"], [2], filled(2))
+    store.forget("b")
     np.testing.assert_array_equal(states["sums"], filled(1)["sums"])
-    assert store.gather(["a", "b"])[0] == [1, None] and store.evicted == 1
-    store.put(["a"], [3], filled(3))
-    store.release(["a"])
-    store.put(["b"], [4], filled(4))
-    assert store.gather(["a", "b"])[0] == [None, 4]
+    assert store.gather(["a", "b"])[0] == [None, None] and store.evicted == 1
+
+
+def test_arrays_of_one_stream_are_not_copied_and_rows_of_larger_ones_are() -> None:
+    store: StateStore[int] = StateStore(STATES, limit=4)
+    own, both = filled(1), filled(2, 3)
+    store.put(["a"], [1], own)
+    store.put(["b", "c"], [2, 3], both)
+    store.put(["d"], [4], {name: array[1:] for name, array in both.items()})
+    assert all(store.gather(["a"])[1][name] is array for name, array in own.items())
+    for stream, value in (("b", 2), ("c", 3), ("d", 3)):
+        states = store.gather([stream])[1]
+        assert all(array.shape[0] == 1 and array.base is None for array in states.values())
+        np.testing.assert_array_equal(states["sums"], filled(value)["sums"])
 
 
 def test_buffers_are_used_again() -> None:
@@ -113,22 +123,22 @@ def test_buffers_are_used_again() -> None:
     np.testing.assert_array_equal(store.gather(["new", "b"], buffers)[1]["sums"], filled(0, 2)["sums"])
 
 
-def test_rows_of_forgotten_streams_are_used_again() -> None:
+def test_forgotten_streams_leave_nothing() -> None:
     store: StateStore[int] = StateStore(STATES, limit=100)
     for n in range(1000):
         store.put([f"s{n}"], [n], filled(n % 256))
         store.forget(f"s{n - 2}")
         store.forget("never there")
-    assert len(store) == 2 and store.nbytes == 4 * row_bytes(STATES) and store.evicted == 0
+    assert len(store) == 2 and store.nbytes == 2 * row_bytes(STATES) and store.evicted == 0
 
 
-def test_a_store_without_rows_is_refused() -> None:
-    with pytest.raises(ValueError, match="0 rows"):
+def test_a_store_for_nobody_is_refused() -> None:
+    with pytest.raises(ValueError, match="for 0 streams"):
         StateStore(STATES, limit=0)
 
 
-def test_threads_do_not_meet_in_a_row(often_switched: None) -> None:
-    """Each thread writes its own number into its own streams and must read nothing else, however rows move."""
+def test_threads_do_not_meet(often_switched: None) -> None:
+    """Each thread writes its own number into its own streams and must read nothing else, as streams come and go."""
     store: StateStore[int] = StateStore(STATES, limit=5)
     wrong: list[str] = []
     begin = threading.Barrier(4)
@@ -147,7 +157,6 @@ def test_threads_do_not_meet_in_a_row(often_switched: None) -> None:
                 latest[name] = thread * 1000 + count
             values = np.array([[latest[name]] * 3 for name in names], np.float32)
             store.put(names, [latest[n] for n in names], {**filled(*[0] * len(names)), "sums": values})
-            store.release(names)
             if count % 50 == 0:
                 store.forget(names[0])
 
