@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import socket
 import ssl
@@ -38,20 +39,37 @@ class Link:
         return failure(self.settings.id, self.url, reason, detail)
 
     def connect(self, host: str, port: int, *, tls: bool) -> socket.socket:
-        """A checked connection. Raises ``SourceError``."""
+        """A checked connection, within ``open_timeout_s`` in all. Raises ``SourceError``, soon after ``stop`` too."""
+        timeout_s = self.settings.open_timeout_s
+        until_s = time.monotonic() + timeout_s
         try:
-            plain = connect(host, port, self.guard, self.settings.open_timeout_s)
+            connection = connect(host, port, self.guard, timeout_s, self.stop)
+            if tls:
+                connection = self._secured(connection, host, until_s)
         except Forbidden as error:
             raise self.failure(Failure.FORBIDDEN, str(error)) from None
         except OSError as error:
             raise map_os_error(self.settings.id, self.url, error) from None
-        if not tls:
-            return plain
-        try:
-            return tls_context(self.settings.verify_tls).wrap_socket(plain, server_hostname=host)
-        except OSError as error:
-            plain.close()
-            raise map_os_error(self.settings.id, self.url, error) from None
+        connection.settimeout(timeout_s)
+        return connection
+
+    def _secured(self, plain: socket.socket, host: str, until_s: float) -> ssl.SSLSocket:
+        """TLS over a connection, which is closed where that fails. Raises ``OSError``."""
+        context = tls_context(self.settings.verify_tls)
+        with contextlib.ExitStack() as undo:
+            undo.callback(plain.close)
+            plain.settimeout(POLL_S)
+            secure = context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
+            undo.callback(secure.close)
+            while True:
+                try:
+                    secure.do_handshake()
+                except TimeoutError:
+                    if self.stop.is_set() or time.monotonic() >= until_s:
+                        raise
+                else:
+                    undo.pop_all()
+                    return secure
 
 
 def tls_context(verify: bool) -> ssl.SSLContext:

@@ -8,7 +8,7 @@ passed the check, with TLS that is verified by Python. Passing bytes on, it cuts
 from __future__ import annotations
 
 import contextlib
-import select
+import selectors
 import socket
 import ssl
 import threading
@@ -94,9 +94,12 @@ class Relay:
     def _pass_on(self, near: socket.socket, server: socket.socket) -> None:
         """Both ways, until one side ends."""
         near.settimeout(self._link.settings.open_timeout_s)
-        with contextlib.suppress(OSError):
+        # Not select.select, which knows no descriptor over 1023: a service with some hundred sources has them.
+        with contextlib.suppress(OSError), selectors.DefaultSelector() as both:
+            for side in (near, server):
+                both.register(side, selectors.EVENT_READ)
             while not self._ends():
-                ready, _, _ = select.select([near, server], [], [], POLL_S)
+                ready = [key.fileobj for key, _ in both.select(POLL_S)]
                 if near in ready:
                     if not (data := near.recv(CHUNK)):
                         return

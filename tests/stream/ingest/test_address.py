@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import socket
+import threading
 from ipaddress import ip_address, ip_network
 from typing import Any
 from urllib.parse import quote
@@ -161,17 +163,17 @@ def test_a_name_is_resolved_once_and_only_allowed_addresses_are_connected_to(mon
     tried: list[Any] = []
 
     class Refusing(socket.socket):
-        def connect(self, address: Any) -> None:
+        def connect_ex(self, address: Any) -> int:
             tried.append(address)
-            raise ConnectionRefusedError
+            return errno.ECONNREFUSED
 
     monkeypatch.setattr(socket, "getaddrinfo", resolver)
     monkeypatch.setattr(socket, "socket", Refusing)
     with pytest.raises(ConnectionRefusedError):
-        connect("rebinding.example", 554, AddressGuard(), 1.0)
+        connect("rebinding.example", 554, AddressGuard(), 1.0, threading.Event())
     assert (asked, tried) == (["rebinding.example"], [("192.168.1.5", 554)])
     with pytest.raises(Forbidden, match=r"rebinding\.example is at 127\.0\.0\.1"):
-        connect("rebinding.example", 554, AddressGuard(), 1.0)
+        connect("rebinding.example", 554, AddressGuard(), 1.0, threading.Event())
     assert len(tried) == 1
 
 
