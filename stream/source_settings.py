@@ -19,6 +19,8 @@ API_SCHEMES = ("rtsp", "rtsps", "rtmp", "rtmps", "srt", "http", "https", "webrtc
 
 SourceId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
+MAX_PIXELS = 36_000_000
+"""8K, upright or not, of television (7680 x 4320) and of cinema (8192 x 4320)."""
 
 
 class Transport(StrEnum):
@@ -92,6 +94,8 @@ class SourceSettings(Section):
     skip_frames: bool = True
     """Whether to leave undecoded what no pack needs: all but key frames, or what no other frame refers to."""
     scaling: Scaling = Scaling.FAST
+    max_pixels: Annotated[int, Field(ge=65_536, le=2**31 - 1)] = MAX_PIXELS
+    """Largest picture that is decoded, width times height: decoders keep up to 17 of them in memory."""
     read_timeout_s: Seconds = 1.0
     """How long a read of RTP over UDP, or of a device, may wait before the stop flag is looked at again."""
     stall_timeout_s: Seconds = 5.0
@@ -131,6 +135,8 @@ class SourceSettings(Section):
     def _scheme_for_its_origin(self) -> Self:
         if not self.trusted and self.scheme not in API_SCHEMES:
             raise ValueError(f"scheme {self.scheme!r} is for the configuration file only, not for the API")
+        if not self.trusted and self.max_pixels > MAX_PIXELS:
+            raise ValueError(f"max_pixels: only the configuration file may set more than {MAX_PIXELS}")
         return self
 
     @model_validator(mode="after")

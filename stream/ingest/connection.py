@@ -12,6 +12,7 @@ from av.container import InputContainer
 from stream.ingest.capture import ARRIVAL_UNCERTAINTY_MS
 from stream.ingest.errors import Failure
 from stream.ingest.link import Link, Patience
+from stream.ingest.video import size_options
 
 FORMATS = (
     "rtsp,mpegts,mpegtsraw,flv,live_flv,kux,hls,mpjpeg,mjpeg,jpeg_pipe,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,ogg,"
@@ -66,7 +67,7 @@ def open_container(
         container = av.open(
             file,
             "r",
-            options=PROBE | options,
+            options=PROBE | size_options(settings.max_pixels) | options,
             format=form,
             timeout=timeouts,
             io_open=io_open,

@@ -29,8 +29,8 @@ from stream.ingest.hardware import open_decoder
 from stream.ingest.resample import MonoResampler
 from stream.ingest.skipping import Skip, SkipRule
 from stream.ingest.stats import DecodeStats
-from stream.ingest.video import NotUsable
-from stream.source_settings import Decode, Scaling
+from stream.ingest.video import NotUsable, TooLarge
+from stream.source_settings import MAX_PIXELS, Decode, Scaling
 
 BAD_PACKETS_LIMIT = 300
 """Undecodable packets in a row (about 12 s of video) after which a source is given up."""
@@ -64,6 +64,14 @@ class Selected:
     def streams(self) -> tuple[MediaStream, ...]:
         """Video and audio, as far as they are there."""
         return tuple(stream for stream in (self.video, self.audio) if stream is not None)
+
+    def refusal(self, max_pixels: int) -> Failure | None:
+        """Why they are of no use; pictures of more than ``max_pixels`` are not decoded."""
+        if not self.streams:
+            return Failure.NO_STREAM
+        if self.video is not None and self.video.codec_context.width * self.video.codec_context.height > max_pixels:
+            return Failure.TOO_LARGE
+        return None
 
     def tracks(self, sample_rate: int | None, *, timed: bool = True) -> Tracks:
         """What the assembler has to know of them; without times of their own, no rate is to be believed."""
@@ -176,11 +184,14 @@ class Decoder:
         timed: bool = True,
         inputs: tuple[VideoInput, ...] | None = None,
         decode: Decode = Decode.SOFTWARE,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         """``timed`` is off for video whose packets carry no times: then arrival is presentation. With ``inputs``
-        packets are left undecoded that none of them needs."""
+        packets are left undecoded that none of them needs. Larger pictures than ``max_pixels`` are not decoded."""
         self._timed = timed
-        self._video_decoder = open_decoder(selected.video, decode, source_id) if selected.video is not None else None
+        self._video_decoder = (
+            None if selected.video is None else open_decoder(selected.video, decode, max_pixels, source_id)
+        )
         self._rule = SkipRule(inputs) if inputs and timed else None
         self._skip = Skip.NOTHING
         self._source_id = source_id
@@ -194,6 +205,7 @@ class Decoder:
         self._video_ns: int | None = None if live else 0
         self._audio_known = not live
         self._bad_run = 0
+        self._bad_reason = Failure.CORRUPT
         self._text_index = -1 if selected.text is None else selected.text.index
         self._picture_captions = PictureCaptions() if timed else None
         self._texts: list[tuple[Caption, int]] = []
@@ -293,11 +305,11 @@ class Decoder:
         """Decode and hand on; whether anything came out."""
         try:
             frames = list(decode(packet))
-        except (av.error.FFmpegError, NotUsable):
-            self._count_bad()
+        except (av.error.FFmpegError, NotUsable) as error:
+            self._count_bad(error)
             return False
         if frames:
-            self._bad_run = 0
+            self._bad_run, self._bad_reason = 0, Failure.CORRUPT
         for frame in frames:
             if isinstance(frame, VideoFrame):
                 self._video(frame, arrival_ns)
@@ -322,11 +334,14 @@ class Decoder:
             self._arrivals.clear()
         self._arrivals[pts] = arrival_ns
 
-    def _count_bad(self) -> None:
+    def _count_bad(self, error: Exception) -> None:
         self._stats.corrupt_packets += 1
         self._bad_run += 1
+        if isinstance(error, TooLarge):
+            # Of one packet it may be damage. What refers to it fails in other ways.
+            self._bad_reason = Failure.TOO_LARGE
         if self._bad_run >= BAD_PACKETS_LIMIT:
-            raise failure(self._source_id, self._url, Failure.CORRUPT)
+            raise failure(self._source_id, self._url, self._bad_reason)
 
     def _video(self, frame: VideoFrame, arrival_ns: int) -> None:
         pts = frame.pts if frame.pts is not None else frame.dts

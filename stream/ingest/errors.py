@@ -40,6 +40,8 @@ class Failure(StrEnum):
     EMPTY = "empty"
     NO_STREAM = "no_stream"
     """Neither video nor audio that can be decoded and that some pack looks at."""
+    TOO_LARGE = "too_large"
+    """Its pictures are larger than the settings allow."""
     CORRUPT = "corrupt"
     UNREADABLE = "unreadable"
     """The file cannot be opened."""
@@ -69,6 +71,10 @@ _REMEDY: dict[Failure, tuple[str, bool]] = {
     Failure.NO_PROTOCOL: ("the protocol is not supported by the installed media libraries", False),
     Failure.EMPTY: ("holds no media (it is empty); check that it was written completely", False),
     Failure.NO_STREAM: ("no video or audio that can be decoded and that a pack uses; check the stream's codecs", False),
+    Failure.TOO_LARGE: (
+        "its pictures are larger than max_pixels allows; lower the resolution, or raise max_pixels",
+        True,
+    ),
     Failure.CORRUPT: ("too much damaged data in a row; check the recording or the network", True),
     Failure.BAD_URL: (
         "the address cannot be understood; expected scheme://[user:password@]host[:port]/path",

@@ -25,6 +25,7 @@ from stream.ingest.decode import Decoder, FrameRenderer, Selected, nothing_decod
 from stream.ingest.errors import Failure, failure, map_av_error
 from stream.ingest.stats import DecodeStats
 from stream.ingest.timeline import BACKSTEP_NS, JUMP_NS, to_ns
+from stream.ingest.video import size_options
 from stream.source_settings import Pace, SourceSettings
 from stream.types import Emit, StopFlag, Stopped
 
@@ -117,8 +118,8 @@ class FileSource:
         """Read the file once; returns the number of the next epoch."""
         with self._open() as container:
             selected = select_streams(container, video=bool(self._inputs), audio=self._audio_rate is not None)
-            if not selected.streams:
-                raise failure(self.source_id, self._url, Failure.NO_STREAM)
+            if (refusal := selected.refusal(self._settings.max_pixels)) is not None:
+                raise failure(self.source_id, self._url, refusal)
             tracks = selected.tracks(self._audio_rate)
             assembler = Assembler(
                 self.source_id,
@@ -141,6 +142,7 @@ class FileSource:
                 live=False,
                 inputs=self._inputs if self._settings.skip_frames else None,
                 decode=self._settings.decode,
+                max_pixels=self._settings.max_pixels,
             )
             self._decode(container, selected, decoder, pacer, stop)
         if assembler.next_epoch == epoch and not stop.is_set():
@@ -169,7 +171,8 @@ class FileSource:
             raise failure(self.source_id, self._url, Failure.EMPTY)
         # The prefix keeps FFmpeg from taking a colon in a file's name for a protocol. A title in another encoding than
         # UTF-8 is no reason not to play the file.
-        return av.open(f"file:{self._path}", options=OPTIONS, metadata_errors="replace")
+        options = OPTIONS | size_options(self._settings.max_pixels)
+        return av.open(f"file:{self._path}", options=options, metadata_errors="replace")
 
     def _capture(self, container: InputContainer) -> Capture:
         if self._settings.pace is Pace.REALTIME:

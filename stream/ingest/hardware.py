@@ -17,7 +17,7 @@ from av.video.stream import VideoStream
 
 from stream.ingest.nvdec import NvdecDecoder
 from stream.ingest.skipping import Skip
-from stream.ingest.video import NotUsable, SoftwareDecoder, VideoDecoder
+from stream.ingest.video import NotUsable, SoftwareDecoder, VideoDecoder, limit_size, size_limited
 from stream.source_settings import Decode
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ _TRIED_PACKETS = 100
 class FfmpegHardware:
     """FFmpeg's decoder of a stream on a device; frames are copied into memory, where packs' sizes are made of them."""
 
-    def __init__(self, stream: VideoStream, device: Decode) -> None:
+    def __init__(self, stream: VideoStream, device: Decode, max_pixels: int) -> None:
         """Raises ``NotUsable``."""
         own = stream.codec_context
         try:
@@ -42,15 +42,18 @@ class FfmpegHardware:
         if not isinstance(context, av.VideoCodecContext) or not context.is_hwaccel:
             raise NotUsable(f"the installed PyAV cannot decode {own.codec.canonical_name} by {device}")
         context.extradata = own.extradata
+        limit_size(context, max_pixels)
+        self._max_pixels = max_pixels
         self._context = context
 
     def decode(self, packet: Packet[Stream]) -> list[VideoFrame]:
         """See ``VideoDecoder``."""
-        return list(self._context.decode(packet if packet.size else None))
+        with size_limited(self._context, self._max_pixels):
+            return list(self._context.decode(packet if packet.size else None))
 
     def decode_alone(self, packet: Packet[Stream]) -> list[VideoFrame]:
         """See ``VideoDecoder``."""
-        frames = [*self._context.decode(packet), *self._context.decode(None)]
+        frames = [*self.decode(packet), *self._context.decode(None)]
         for frame in frames:
             if frame.time_base is None:
                 frame.time_base = packet.time_base
@@ -118,7 +121,7 @@ class FallingBack:
         for number, packet in enumerate(fed):
             try:
                 frames += self._decoder.decode(packet)
-            except av.error.FFmpegError:
+            except (av.error.FFmpegError, NotUsable):
                 # The newest one's damage is for the caller to count; what came before was counted by the device.
                 if number == len(fed) - 1 and not frames:
                     raise
@@ -129,14 +132,14 @@ def _is_turned(software: VideoDecoder, key: Packet[Stream]) -> bool:
     """Whether the picture of a key packet has to be turned to be upright, as the software's decoder tells it."""
     try:
         return any(frame.rotation for frame in software.decode_alone(key))
-    except av.error.FFmpegError:
+    except (av.error.FFmpegError, NotUsable):
         return False
 
 
-def open_decoder(stream: VideoStream, wanted: Decode, source_id: str) -> VideoDecoder:
+def open_decoder(stream: VideoStream, wanted: Decode, max_pixels: int, source_id: str) -> VideoDecoder:
     """The decoder for a stream; falls back to software with a warning, by ``auto`` without."""
     if wanted is Decode.SOFTWARE:
-        return SoftwareDecoder(stream)
+        return SoftwareDecoder(stream, max_pixels)
     automatic = wanted is Decode.AUTO
 
     def tell(cause: str) -> None:
@@ -144,12 +147,18 @@ def open_decoder(stream: VideoStream, wanted: Decode, source_id: str) -> VideoDe
 
     for device in AUTOMATIC if automatic else (wanted,):
         try:
-            hardware = NvdecDecoder(stream) if device is Decode.NVDEC else FfmpegHardware(stream, device)
+            hardware = _open_hardware(stream, device, max_pixels)
         except NotUsable as error:
             tell(str(error))
             continue
-        return FallingBack(hardware, lambda: SoftwareDecoder(stream), tell)
-    return SoftwareDecoder(stream)
+        return FallingBack(hardware, lambda: SoftwareDecoder(stream, max_pixels), tell)
+    return SoftwareDecoder(stream, max_pixels)
+
+
+def _open_hardware(stream: VideoStream, device: Decode, max_pixels: int) -> VideoDecoder:
+    if device is Decode.NVDEC:
+        return NvdecDecoder(stream, max_pixels)
+    return FfmpegHardware(stream, device, max_pixels)
 
 
 @functools.lru_cache(maxsize=4096)

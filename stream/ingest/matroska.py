@@ -44,6 +44,8 @@ from stream.ingest.recording import (
     note_to_text,
 )
 from stream.ingest.template import Header, Template, add_stream, padded_packet
+from stream.ingest.video import size_options
+from stream.source_settings import MAX_PIXELS
 
 SIDE_NAMES: tuple[str, ...] = get_args(PktSideDataT)
 _KEPT_SIDE: tuple[PktSideDataT, ...] = ("new_extradata", "param_change", "skip_samples", "palette")
@@ -63,6 +65,7 @@ _READ = {
     # Packets as they were written: no parser may cut or time them anew.
     "fflags": "nofillin+noparse",
     "analyzeduration": "0",
+    **size_options(MAX_PIXELS),
 }
 
 

@@ -144,8 +144,8 @@ class NetworkSource:
     def _receive(self, link: Link, connection: Connection, emit: Emit) -> None:
         container = connection.container
         selected = select_streams(container, video=bool(self._inputs), audio=self._audio_rate is not None)
-        if not selected.streams:
-            raise link.failure(Failure.NO_STREAM)
+        if (refusal := selected.refusal(self._settings.max_pixels)) is not None:
+            raise link.failure(refusal)
         tracks = selected.tracks(self._audio_rate, timed=connection.timed)
         clock = self._clock
         if self._tap is not None:
@@ -172,6 +172,7 @@ class NetworkSource:
             timed=connection.timed,
             inputs=self._inputs if self._settings.skip_frames else None,
             decode=self._settings.decode,
+            max_pixels=self._settings.max_pixels,
         )
         try:
             self._read(link, connection, selected, decoder, assembler)

@@ -16,7 +16,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from stream.ingest.skipping import Skip
-from stream.ingest.video import NotUsable
+from stream.ingest.video import NotUsable, TooLarge
 
 CODECS = {"h264": "H264", "hevc": "HEVC", "av1": "AV1", "vp9": "VP9"}
 """FFmpeg's names and PyNvVideoCodec's."""
@@ -27,8 +27,9 @@ FILTERS = {"h264": "h264_mp4toannexb", "hevc": "hevc_mp4toannexb"}
 class NvdecDecoder:
     """Decodes one stream into host memory as NV12."""
 
-    def __init__(self, stream: VideoStream) -> None:
+    def __init__(self, stream: VideoStream, max_pixels: int) -> None:
         """Raises ``NotUsable``."""
+        self._max_pixels = max_pixels
         name = stream.codec_context.codec.canonical_name
         if name not in CODECS:
             raise NotUsable(f"PyNvVideoCodec does not decode {name}")
@@ -83,6 +84,8 @@ class NvdecDecoder:
     def _picture(self, decoded: Any) -> VideoFrame:
         """A frame in NV12: the rows of luma, then half as many of chroma."""
         rows = np.from_dlpack(decoded)
+        if rows.size > self._max_pixels * 3 // 2:
+            raise TooLarge("the picture is too large")
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rows.reshape(rows.shape[0], rows.shape[1])), "nv12")
         frame.pts = decoded.getPTS()
         if self._base is not None:

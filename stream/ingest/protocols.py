@@ -21,6 +21,7 @@ from stream.ingest.relay import Relay, address_of
 from stream.ingest.srt_input import SrtInput
 from stream.ingest.stats import DecodeStats
 from stream.ingest.udp_input import UdpInput
+from stream.ingest.video import size_options
 
 RTMP_PORTS = {"rtmp": 1935, "rtmps": 443}
 SEGMENT_UNCERTAINTY_MS = 15_000.0
@@ -118,6 +119,7 @@ def open_device(link: Link, stats: DecodeStats) -> Connection:
     options = {names[key]: value for key, value in given.items()}
     options |= {"format_whitelist": FORMATS, "protocol_whitelist": "file", "fpsprobesize": PROBE["fpsprobesize"]}
     settings = link.settings
+    options |= size_options(settings.max_pixels)
     container = av.open(
         parts.path, format="v4l2", options=options, timeout=(settings.open_timeout_s, settings.read_timeout_s)
     )

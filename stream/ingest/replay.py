@@ -195,6 +195,7 @@ class ReplaySource:
             timed=connected.timed,
             inputs=self._inputs if self._settings.skip_frames else None,
             decode=self._settings.decode,
+            max_pixels=self._settings.max_pixels,
         )
         return _Connection(chosen, connected.tracks, assembler, decoder, emitter, times)
 
@@ -210,11 +211,12 @@ class ReplaySource:
             decodes_as_it_came(stream, track)
             if wanted[track.kind] and stream.codec_context is not None:
                 chosen[stream.index] = stream
-        if not chosen:
-            raise failure(self.source_id, str(self._path), Failure.NO_STREAM)
         video = next((stream for stream in chosen.values() if isinstance(stream, VideoStream)), None)
         audio = next((stream for stream in chosen.values() if isinstance(stream, AudioStream)), None)
-        return Selected(video, audio), chosen
+        selected = Selected(video, audio)
+        if (refusal := selected.refusal(self._settings.max_pixels)) is not None:
+            raise failure(self.source_id, str(self._path), refusal)
+        return selected, chosen
 
 
 class _Times:

@@ -17,6 +17,7 @@ from stream.ingest.errors import Failure, check_network_url
 from stream.ingest.link import Link, Patience
 from stream.ingest.relay import Relay, address_of
 from stream.ingest.timeline import to_ns
+from stream.ingest.video import size_options
 from stream.source_settings import Transport
 
 PORTS = {"rtsp": 554, "rtsps": 322}
@@ -62,7 +63,7 @@ def transports(link: Link, memory: TransportMemory) -> tuple[Transport, ...]:
 def open_rtsp(link: Link, transport: Transport, media: list[str]) -> Connection:
     """Connect, and ask for these kinds of media. Raises ``SourceError`` or ``av.error.FFmpegError``."""
     check_network_url(link.settings.id, link.url)
-    options = OPTIONS | {"rtsp_transport": transport.value}
+    options = OPTIONS | size_options(link.settings.max_pixels) | {"rtsp_transport": transport.value}
     if transport is Transport.UDP:
         options |= UDP_OPTIONS
     if media:

@@ -28,10 +28,11 @@ from stream.ingest.decode import BAD_PACKETS_LIMIT, FrameRenderer
 from stream.ingest.errors import Failure
 from stream.ingest.resample import MonoResampler
 from stream.ingest.stats import DecodeStats
+from stream.ingest.video import TooLarge, limit_size, size_limited
 from stream.ingest.webrtc_frames import EncodedFrame
 from stream.ingest.webrtc_hub import Publications
 from stream.ingest.webrtc_inbox import Inbox, TimedFrame, TimedText, gone
-from stream.source_settings import SourceSettings
+from stream.source_settings import MAX_PIXELS, SourceSettings
 from stream.types import Emit, StopFlag, Stopped
 
 TAKE_S = 0.25
@@ -127,7 +128,7 @@ class WebRtcSource:
             first_epoch=self._first_epoch,
             first_reason="reconnect" if self._first_epoch else "start",
         )
-        reception = Reception(self.source_id, inbox, tracks, assembler, self.stats)
+        reception = Reception(self.source_id, inbox, tracks, assembler, self.stats, self._settings.max_pixels)
         try:
             self._take(inbox, reception, stop)
         except SourceError:
@@ -156,13 +157,20 @@ class Reception:
     """Decodes one publication and hands pictures, samples and texts to an assembler."""
 
     def __init__(
-        self, source_id: str, inbox: Inbox, tracks: Tracks, assembler: Assembler[VideoFrame], stats: DecodeStats
+        self,
+        source_id: str,
+        inbox: Inbox,
+        tracks: Tracks,
+        assembler: Assembler[VideoFrame],
+        stats: DecodeStats,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self._source_id = source_id
         self._inbox = inbox
         self._tracks = tracks
         self._assembler = assembler
         self._stats = stats
+        self._max_pixels = max_pixels
         self._resampler = None if tracks.sample_rate is None else MonoResampler(tracks.sample_rate)
         self._decoders: dict[str, VideoCodecContext | AudioCodecContext] = {}
         self._gathered: list[TimedFrame] = []
@@ -239,8 +247,15 @@ class Reception:
     def _decode(self, frame: EncodedFrame, pts_ns: int) -> Sequence[VideoFrame | AudioFrame]:
         packet = Packet(frame.data)
         packet.pts, packet.time_base = pts_ns, _NS
+        decoder = self._decoder(frame.codec)
         try:
-            decoded = self._decoder(frame.codec).decode(packet)
+            with size_limited(decoder, self._max_pixels):
+                decoded = decoder.decode(packet)
+        except TooLarge:
+            # What comes is what was sent (SRTP): this is no damage.
+            self._stats.corrupt_packets += 1
+            why = "the publisher's pictures are larger than max_pixels allows; publish smaller ones, or raise it"
+            raise gone(self._source_id, Failure.TOO_LARGE, why) from None
         except av.error.FFmpegError:
             self._stats.corrupt_packets += 1
             self._bad_run += 1
@@ -256,11 +271,11 @@ class Reception:
     def _decoder(self, codec: str) -> VideoCodecContext | AudioCodecContext:
         decoder = self._decoders.get(codec)
         if decoder is None:
-            decoder = self._decoders[codec] = _make_decoder(codec)
+            decoder = self._decoders[codec] = _make_decoder(codec, self._max_pixels)
         return decoder
 
 
-def _make_decoder(codec: str) -> VideoCodecContext | AudioCodecContext:
+def _make_decoder(codec: str, max_pixels: int) -> VideoCodecContext | AudioCodecContext:
     decoder = CodecContext.create(_DECODERS[codec], "r")
     # As for cameras: threads inside a decoder cost CPU time and latency.
     decoder.thread_count = 1
@@ -270,4 +285,5 @@ def _make_decoder(codec: str) -> VideoCodecContext | AudioCodecContext:
         return decoder
     assert isinstance(decoder, VideoCodecContext)
     decoder.flags |= Flags.low_delay
+    limit_size(decoder, max_pixels)
     return decoder

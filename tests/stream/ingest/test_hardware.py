@@ -14,8 +14,8 @@ from av.video.stream import VideoStream
 from stream.ingest import hardware
 from stream.ingest.hardware import FallingBack, FfmpegHardware, open_decoder
 from stream.ingest.skipping import Skip
-from stream.ingest.video import NotUsable, SoftwareDecoder
-from stream.source_settings import Decode
+from stream.ingest.video import NotUsable, SoftwareDecoder, limit_size
+from stream.source_settings import MAX_PIXELS, Decode
 from stream.types import Frame
 from tests.stream.ingest.media import Clip, make_clip, run_source
 
@@ -41,7 +41,7 @@ def test_every_setting_gives_the_same_pictures_whatever_the_machine_has(clip: Pa
 def test_a_device_that_is_not_there_is_told_of_once(
     clip: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def absent(stream: VideoStream, device: Decode) -> None:
+    def absent(stream: VideoStream, device: Decode, max_pixels: int) -> None:
         raise NotUsable(f"{device} is not there")
 
     monkeypatch.setattr(hardware, "FfmpegHardware", absent)
@@ -79,7 +79,7 @@ def test_what_a_device_swallowed_before_it_failed_is_decoded_by_software(
     told: list[str] = []
     with av.open(str(clip)) as container:
         stream = container.streams.video[0]
-        decoder = FallingBack(Failing(5, error), lambda: SoftwareDecoder(stream), told.append)
+        decoder = FallingBack(Failing(5, error), lambda: SoftwareDecoder(stream, MAX_PIXELS), told.append)
         frames = [frame for packet in container.demux(stream) for frame in decoder.decode(packet)]
     assert len(told) == 1
     assert [frame.pts for frame in frames] == sorted({frame.pts for frame in frames})
@@ -89,12 +89,13 @@ def test_what_a_device_swallowed_before_it_failed_is_decoded_by_software(
 class Device(FfmpegHardware):
     """As FFmpeg decodes on a device: by a decoder of its own, which knows the codec's data but not the container's."""
 
-    def __init__(self, stream: VideoStream, device: Decode) -> None:
+    def __init__(self, stream: VideoStream, device: Decode, max_pixels: int) -> None:
         own = stream.codec_context
         context = av.CodecContext.create(own.codec.canonical_name, "r")
         assert isinstance(context, av.VideoCodecContext)
         context.extradata = own.extradata
-        self._context = context
+        limit_size(context, max_pixels)
+        self._context, self._max_pixels = context, max_pixels
 
 
 def lying(path: Path, degrees: int) -> Path:
@@ -129,5 +130,5 @@ def test_pictures_that_lie_on_their_side_are_upright_whatever_decodes(
 def test_software_is_the_default_and_asks_for_no_device(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(hardware, "FfmpegHardware")
     with av.open(str(clip)) as container:
-        assert isinstance(open_decoder(container.streams.video[0], Decode.SOFTWARE, "cam"), SoftwareDecoder)
+        assert isinstance(open_decoder(container.streams.video[0], Decode.SOFTWARE, MAX_PIXELS, "cam"), SoftwareDecoder)
     assert run_source(clip).error is None
