@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import threading
@@ -207,15 +208,18 @@ class Supervisor:
             self._end_attempt.set()
         try:
             self._source = source = self._open_source(self._next_epoch)
+            thread = threading.Thread(
+                target=self._run_source,
+                args=(source, self._end_attempt, ended),
+                name=f"source-{self.source_id}",
+                daemon=True,
+            )
+            thread.start()
         except SourceError as refused:
             return refused
-        thread = threading.Thread(
-            target=self._run_source,
-            args=(source, self._end_attempt, ended),
-            name=f"source-{self.source_id}",
-            daemon=True,
-        )
-        thread.start()
+        except Exception as unforeseen:
+            log.exception("source %s cannot be made", self.source_id)
+            return self._internal(unforeseen)
         try:
             error = await self._until_ended(ended)
         except asyncio.CancelledError:
@@ -261,11 +265,16 @@ class Supervisor:
         except BooksError as wrong:
             bug = wrong
         except Exception as unforeseen:
-            # Whatever it is, the other sources must not end with it.
             log.exception("source %s ended by an error of this program", self.source_id)
-            cause = f"ended by an error of this program ({type(unforeseen).__name__}); please report what the log says"
-            outcome = SourceError(self.source_id, "internal", cause, retryable=False)
-        self._loop.call_soon_threadsafe(_settle, ended, outcome, bug)
+            outcome = self._internal(unforeseen)
+        # Of a source that was left behind the loop may be gone.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(_settle, ended, outcome, bug)
+
+    def _internal(self, unforeseen: Exception) -> SourceError:
+        """Whatever it is, the other sources must not end with it."""
+        cause = f"ended by an error of this program ({type(unforeseen).__name__}); please report what the log says"
+        return SourceError(self.source_id, "internal", cause, retryable=False)
 
     def _emit(self, item: MediaItem) -> None:
         """Called on the source's thread."""

@@ -84,7 +84,7 @@ class WebRtcSource:
         self._clock = clock
         self._first_epoch = first_epoch
         self._publications = publications
-        self._renderer = FrameRenderer()
+        self._renderer = FrameRenderer(settings.scaling)
         self.stats = DecodeStats()
 
     @property
@@ -104,6 +104,10 @@ class WebRtcSource:
             self._receive(inbox, emit, stop)
         except Stopped:
             return
+        except av.error.FFmpegError as error:
+            # Decoders were caught before: this is scaling or resampling.
+            why = f"what the publisher sends cannot be converted ({error.strerror}); publish another size or codec"
+            raise gone(self.source_id, Failure.CORRUPT, why) from None
         finally:
             inbox.release()
             self._publications.withdraw(self.source_id, inbox)
@@ -131,7 +135,7 @@ class WebRtcSource:
         reception = Reception(self.source_id, inbox, tracks, assembler, self.stats, self._settings.max_pixels)
         try:
             self._take(inbox, reception, stop)
-        except SourceError:
+        except (SourceError, av.error.FFmpegError):
             reception.finish("lost", self._clock.monotonic_ns())
             raise
         reception.finish("removed", self._clock.monotonic_ns())

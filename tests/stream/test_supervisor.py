@@ -210,6 +210,15 @@ async def test_an_unforeseen_error_ends_one_source_and_is_told(caplog: pytest.Lo
     assert "ZeroDivisionError" in harness.supervisor.status.cause and "seven" in caplog.text
 
 
+async def test_an_unforeseen_error_before_it_runs_ends_one_source_too(caplog: pytest.LogCaptureFixture) -> None:
+    # There is no script for it to be made from.
+    harness = Harness()
+    assert await harness.run() == []
+    assert harness.states[-1] is SourceState.FAILED
+    assert harness.supervisor.status.failed_attempts == {"internal": 1}
+    assert "IndexError" in harness.supervisor.status.cause and "pop from empty list" in caplog.text
+
+
 async def test_books_that_are_wrong_are_raised() -> None:
     def wrong(emit: Emit, stop: StopFlag, epoch: int) -> None:
         raise BooksError
