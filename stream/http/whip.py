@@ -15,6 +15,7 @@ import importlib.util
 import ipaddress
 import secrets
 from collections.abc import Awaitable, Callable
+from http import HTTPMethod
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, HTTPException, Request, Response
@@ -39,7 +40,8 @@ FRAGMENT_BYTES = 16 << 10
 """Longest fragment."""
 SESSIONS_LIMIT = 64
 """Sessions at a time, those included that are ending."""
-METHODS = "POST, PATCH, DELETE, OPTIONS"
+PUBLISH_METHODS = "POST, OPTIONS"
+SESSION_METHODS = "PATCH, DELETE, OPTIONS"
 _SHUT = (SourceState.PAUSED, SourceState.ENDED, SourceState.FAILED)
 """States in which nobody waits for a publisher."""
 Handler = Callable[[Request], Awaitable[Response]]
@@ -80,12 +82,15 @@ class Whip:
     def router(self) -> APIRouter:
         """The routes; they check tokens themselves."""
         router = APIRouter(prefix="/whip")
-        router.add_api_route("/{source_id}", self._route(self._publish), methods=["POST"])
-        session = "/{source_id}/{session_id}"
+        source, session = "/{source_id}", "/{source_id}/{session_id}"
+        router.add_api_route(source, self._route(self._publish), methods=["POST"])
         router.add_api_route(session, self._route(self._trickle), methods=["PATCH"])
         router.add_api_route(session, self._route(self._end), methods=["DELETE"])
-        for path in ("/{source_id}", session):
+        for path, allowed in ((source, PUBLISH_METHODS), (session, SESSION_METHODS)):
             router.add_api_route(path, self._route(self._options), methods=["OPTIONS"])
+            # The framework's own answer would name the first route's methods only.
+            others = [method.value for method in HTTPMethod if method not in allowed.split(", ")]
+            router.add_api_route(path, self._route(_not_allowed(allowed)), methods=others)
         return router
 
     def _route(self, handler: Handler) -> Handler:
@@ -177,9 +182,11 @@ class Whip:
 
     async def _options(self, request: Request) -> Response:
         """What may be sent here; a browser asks before it lets a page publish."""
-        headers = self._cors(request) | {"Accept-Post": SDP, "Accept-Patch": FRAGMENT, "Allow": METHODS}
+        of_session = "session_id" in request.path_params
+        headers = self._cors(request) | ({"Accept-Patch": FRAGMENT} if of_session else {"Accept-Post": SDP})
+        headers["Allow"] = SESSION_METHODS if of_session else PUBLISH_METHODS
         if "Access-Control-Allow-Origin" in headers:
-            headers["Access-Control-Allow-Methods"] = METHODS
+            headers["Access-Control-Allow-Methods"] = headers["Allow"]
             headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, If-Match"
             headers["Access-Control-Max-Age"] = "600"
         return Response(status_code=204, headers=headers)
@@ -237,6 +244,14 @@ class Whip:
         return session
 
 
+def _not_allowed(allowed: str) -> Handler:
+    async def refuse(request: Request) -> Response:
+        """Reserved for versions of the protocol to come (RFC 9725, 4.1)."""
+        raise HTTPException(405, f"{request.method} is not for this address; there are {allowed}", {"Allow": allowed})
+
+    return refuse
+
+
 def receiving_addresses(settings: WebRtcSettings, http: HttpSettings) -> tuple[str, ...] | None:
     """Where media is received: as the settings say, else where HTTP listens; ``None`` for all but loopback."""
     if settings.addresses is not None:
@@ -270,7 +285,9 @@ async def read_body(request: Request, kind: str, limit: int) -> str:
     """The body as text. Raises ``HTTPException``: 415 for another content type, 413 for one too long, 400."""
     given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if given != kind:
-        raise HTTPException(415, f"the body must be {kind}")
+        raise HTTPException(
+            415, f"the body must be {kind}", {"Accept-Patch" if kind == FRAGMENT else "Accept-Post": kind}
+        )
     body = b""
     try:
         async for chunk in request.stream():

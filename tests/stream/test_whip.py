@@ -196,10 +196,39 @@ async def test_what_cannot_be_taken_is_refused_in_one_line(tiny_pack: Path, tmp_
             answer = await run.client.post(path, content=body, headers={"Content-Type": kind})
             assert answer.status_code == status, (path, kind, body[:80], answer.text)
             assert "\n" not in answer.json()["detail"] and answer.json()["detail"]
-        for method in ("GET", "PUT"):
-            assert (await run.client.request(method, "/whip/cam")).status_code == 405
+        refused = await run.client.post("/whip/cam", content=offer, headers={"Content-Type": "text/plain"})
+        assert refused.headers["accept-post"] == SDP
         await until(lambda: run.whip.count == 0)
         assert run.state() is SourceState.CONNECTING
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed", "accepts"),
+    [
+        ("/whip/cam", {"POST", "OPTIONS"}, {"accept-post": SDP}),
+        ("/whip/cam/session", {"PATCH", "DELETE", "OPTIONS"}, {"accept-patch": FRAGMENT}),
+    ],
+)
+async def test_other_methods_are_refused_with_those_that_there_are(
+    tiny_pack: Path, tmp_path: Path, path: str, allowed: set[str], accepts: dict[str, str]
+) -> None:
+    async with serving(tiny_pack, tmp_path) as run:
+        for method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE"} - allowed:
+            refused = await run.client.request(method, path)
+            assert refused.status_code == 405, method
+            assert set(refused.headers["allow"].split(", ")) == allowed
+        asked = await run.client.options(path)
+        assert asked.status_code == 204 and set(asked.headers["allow"].split(", ")) == allowed
+        assert {name: value for name, value in asked.headers.items() if name.startswith("accept-")} == accepts
+
+
+async def test_when_there_are_too_many_it_is_said_when_to_come_again(
+    tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stream.http.whip.SESSIONS_LIMIT", 0)
+    async with serving(tiny_pack, tmp_path) as run:
+        full = await run.client.post("/whip/cam", content=await bare_offer(), headers={"Content-Type": SDP})
+        assert full.status_code == 503 and int(full.headers["retry-after"]) > 0 and full.json()["detail"]
 
 
 async def test_candidates_come_later_and_only_for_the_session_they_name(
@@ -223,6 +252,7 @@ async def test_candidates_come_later_and_only_for_the_session_they_name(
         assert await patch(fragment) == 428
         assert await patch(fragment, **{"If-Match": '"other"'}) == 412
         assert await patch(fragment, **{"If-Match": etag, "Content-Type": SDP}) == 415
+        assert (await run.client.patch(session, content=fragment)).headers["accept-patch"] == FRAGMENT
         assert await patch("nothing", **{"If-Match": etag}) == 400
         assert await patch("a=candidate:1 1 udp", **{"If-Match": etag}) == 400
         assert await patch("a=candidate:1 1 udp 1 nowhere 9 typ host", **{"If-Match": etag}) == 204
