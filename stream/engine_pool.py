@@ -114,6 +114,9 @@ class EnginePool:
         # windows of live sources are dropped where drops are counted.
         self._credits = threading.Semaphore(RESULTS_PER_THREAD * threads)
         self._closing = False
+        self._abandoned = False
+        self._died = False
+        """An engine thread died of a bug: what it was in is never left."""
         self._threads = [
             threading.Thread(target=self._serve, args=(number,), name=f"engine-{number}", daemon=True)
             for number in range(threads)
@@ -186,18 +189,23 @@ class EnginePool:
 
     def _close_unused(self, generation: Generation) -> None:
         with self._work:
-            self._unused.wait_for(lambda: not self._in_use[generation])
-            del self._in_use[generation]
+            self._unused.wait_for(lambda: self._died or not self._in_use[generation])
+            if self._in_use.pop(generation, 0):
+                return
         generation.close()
 
     async def crashed(self) -> None:
         """Waits for ever, unless an engine thread dies of a bug: then raises what killed it."""
         await asyncio.shield(self._crash)
 
-    async def aclose(self) -> None:
-        """Let the threads finish what waits, then free the engines."""
+    async def aclose(self, *, finish: bool = True) -> None:
+        """Let the threads finish what waits, then free the engines.
+
+        Without ``finish`` what waits is left alone: when nobody takes results in, it would wait for ever. Idempotent.
+        """
         with self._work:
             self._closing = True
+            self._abandoned |= not finish
             self._work.notify_all()
         # Nobody may be left to take results in, so no thread waits for that any more.
         self._credits.release(len(self._threads))
@@ -217,6 +225,9 @@ class EnginePool:
                 # After the hand-over, so that the source's next result cannot overtake this one.
                 self._done(job, result)
         except Exception as bug:  # noqa: BLE001 - handed to the event loop, which ends the service with it
+            with self._work:
+                self._died = True
+                self._unused.notify_all()
             self._loop.call_soon_threadsafe(self._report, bug)
 
     def _report(self, bug: Exception) -> None:
@@ -226,7 +237,7 @@ class EnginePool:
     def _next(self) -> _Job | None:
         self._credits.acquire()
         with self._work:
-            while (batch := self._batcher.take()) is None:
+            while self._abandoned or (batch := self._batcher.take()) is None:
                 if self._closing:
                     self._credits.release()
                     return None

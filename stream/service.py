@@ -128,7 +128,8 @@ class Service:
                 for watcher in watchers:
                     watcher.cancel()
         finally:
-            await self._pool.aclose()
+            # After a bug nobody takes results in; in an orderly end nothing waits any more.
+            await self._pool.aclose(finish=False)
         await asyncio.to_thread(self._complete_recordings)
         return self.sources.errors
 

@@ -1,0 +1,51 @@
+"""A bug in the service ends it, so that whoever runs it can start it anew: it never hangs half dead."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stream.clock import SystemClock
+from stream.packs import load_packs
+from stream.service import Service
+from stream.settings import load_settings
+from stream.types import Event
+
+SCENE = "synthetic://scene?fps=25&width=64&height=36&seconds=12&brightness=0:0.2,4:1,8:0.2"
+
+
+class _BrokenPort:
+    """Fails at the first event of a window, once the engines have much to do."""
+
+    service: Service
+
+    async def put(self, events: Sequence[Event]) -> None:
+        if all(event.kind == "source" for event in events):
+            return
+        while self.service._pool.waiting < 6:  # noqa: ASYNC110 - what is waited for is on the other tasks' way
+            await asyncio.sleep(0.005)
+        raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+async def test_a_bug_ends_the_service_whatever_waits_for_its_engines(
+    tiny_pack: Path, tmp_path: Path, threads: int
+) -> None:
+    content: dict[str, Any] = {
+        "sources": [{"id": f"cam{n}", "url": SCENE, "pace": "fast"} for n in range(6)],
+        "packs": [{"name": str(tiny_pack), "backend": "onnxruntime"}],
+        "engine": {"threads": threads, "max_batch": 1},
+    }
+    settings = load_settings(None, content)
+    port = _BrokenPort()
+    port.service = service = Service(settings, load_packs(settings, tmp_path), port, SystemClock())
+    with pytest.raises(ExceptionGroup) as raised:
+        async with asyncio.timeout(120):
+            await service.run()
+    assert raised.value.subgroup(RuntimeError) is not None
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("engine-")]
