@@ -63,11 +63,12 @@ class AudioHold:
     capacity: int
     runs: list[AudioRun] = field(default_factory=list)
     since_ns: int | None = None
-    """pts of the first run held since the last ``take``."""
+    """Lowest pts of the runs held since the last ``take``."""
 
     def add(self, run: AudioRun) -> int:
         """Keep a run; returns how many older samples had to go."""
-        if self.since_ns is None:
+        if self.since_ns is None or run.pts_ns < self.since_ns:
+            # Back in time: how long it has waited is told from here.
             self.since_ns = run.pts_ns
         self.runs.append(run)
         excess = sum(len(held.samples) for held in self.runs) - self.capacity

@@ -6,9 +6,10 @@ decoded pictures. Here encoded frames wait, a few seconds of them at most; beyon
 
 from __future__ import annotations
 
+import heapq
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from stream.accounting import Hop
@@ -140,7 +141,9 @@ class Inbox:
         with self._changed:
             if not self._waiting() and self._error is None:
                 self._changed.wait(timeout_s)
-            items: list[Item] = sorted([*self._video, *self._audio, *self._text], key=lambda item: item.pts_ns)
+            # Merged, not sorted: pictures stay in the order of decoding, whatever their times.
+            kinds: tuple[Iterable[Item], ...] = (self._video, self._audio, self._text)
+            items: list[Item] = list(heapq.merge(*kinds, key=lambda item: item.pts_ns))
             self._frames.left += len(self._video) + len(self._audio)
             self._texts.left += len(self._text)
             self._empty()

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from aiortc import (
     RTCConfiguration,
@@ -19,10 +18,11 @@ from aiortc import (
 from aiortc.exceptions import InvalidAccessError, InvalidStateError, OperationError
 
 from stream.accounting import Ledger
-from stream.clock import NS_PER_S, Clock
+from stream.clock import Clock
 from stream.ingest.errors import Failure
-from stream.ingest.webrtc_frames import AudioFrames, MediaPacket, VideoFrames
-from stream.ingest.webrtc_inbox import Announced, Inbox, TimedFrame, TimedText, gone
+from stream.ingest.webrtc_frames import MediaPacket
+from stream.ingest.webrtc_inbox import Announced, Inbox, gone
+from stream.ingest.webrtc_intake import Intake
 from stream.ingest.webrtc_private import clock_rate, divert, listen_only_on, payload_codecs
 from stream.ingest.webrtc_sdp import (
     CANDIDATES_LIMIT,
@@ -34,32 +34,17 @@ from stream.ingest.webrtc_sdp import (
     read_fragment,
     without_names,
 )
-from stream.ingest.webrtc_text import TEXT_CHANNEL, TextGate
-from stream.ingest.webrtc_timing import MediaClock
+from stream.ingest.webrtc_text import TEXT_CHANNEL
 from stream.settings import WebRtcSettings
 
 log = logging.getLogger(__name__)
 
-SILENT_NS = 2 * NS_PER_S
-"""A track whose sender has said nothing for this long may be taken over by another sender number."""
 CLOSE_S = 5.0
 """How long a connection may take to close."""
 
 
 class IceRestart(Exception):
     """The publisher wants new ICE credentials, which is not supported."""
-
-
-@dataclass(slots=True, eq=False)
-class _Track:
-    """What is known of the sender of one track."""
-
-    rate: int
-    frames: VideoFrames | AudioFrames
-    fresh: Callable[[], VideoFrames | AudioFrames]
-    ssrc: int | None = None
-    newest_ns: int = 0
-    gone: bool = False
 
 
 class Session:
@@ -84,9 +69,7 @@ class Session:
         self._hop = ledger.hop(source_id, "webrtc_frames")
         self._text_hop = ledger.hop(source_id, "webrtc_texts")
         self._ended = ended
-        self._media = MediaClock()
-        self._tracks: dict[str, _Track] = {}
-        self._gate = TextGate(clock, self._media, self._text_hop)
+        self._intake: Intake | None = None
         self._ice: tuple[str, str] | None = None
         self._candidates = 0
         self._etag = ""
@@ -113,7 +96,7 @@ class Session:
         self._etag = hashlib.sha256("\0".join(offered.ice).encode()).hexdigest()[:16]
         self.inbox = Inbox(Announced(offered.video, offered.audio), self._hop, self._text_hop, self._released)
         try:
-            await self._negotiate(offer, offered)
+            await self._negotiate(offer, offered, Intake(self._clock, self.inbox, self._hop, self._text_hop))
         except OperationError:
             raise UnusableOffer("no codec in common; offer H.264 (baseline) or VP8, and Opus") from None
         except (*UNREADABLE, InvalidStateError, InvalidAccessError):
@@ -121,11 +104,12 @@ class Session:
         self._deadline = self._loop.call_later(self._settings.connect_timeout_s, self._not_connected)
         return str(self._connection.localDescription.sdp)
 
-    async def _negotiate(self, offer: str, offered: Offered) -> None:
+    async def _negotiate(self, offer: str, offered: Offered, intake: Intake) -> None:
+        self._intake = intake
         await self._connection.setRemoteDescription(RTCSessionDescription(without_names(offer), "offer"))
         for transceiver in self._connection.getTransceivers():
             if (transceiver.kind == "video" and offered.video) or (transceiver.kind == "audio" and offered.audio):
-                self._receive(transceiver)
+                self._receive(transceiver, intake)
         if self._addresses is not None:
             listen_only_on(self._connection, self._addresses)
         await self._connection.setLocalDescription(await self._connection.createAnswer())
@@ -158,7 +142,8 @@ class Session:
         self._over = True
         if self._deadline is not None:
             self._deadline.cancel()
-        self._gate.close()
+        if self._intake is not None:
+            self._intake.close()
         if self.inbox is not None:
             self.inbox.end(gone(self.source_id, reason, detail))
         self._closing = self._loop.create_task(self._close(), name=f"close publisher of {self.source_id}")
@@ -193,68 +178,22 @@ class Session:
             case "closed":
                 self._end(Failure.ENDED, "the publisher has ended it")
 
-    def _receive(self, transceiver: RTCRtpTransceiver) -> None:
-        codecs, rate, kind = payload_codecs(transceiver), clock_rate(transceiver), transceiver.kind
+    def _receive(self, transceiver: RTCRtpTransceiver, intake: Intake) -> None:
+        codecs, rate = payload_codecs(transceiver), clock_rate(transceiver)
+        if transceiver.kind == "video":
+            intake.expect_video(codecs, rate)
+            divert(transceiver, intake.video, intake.report, lambda: self._track_ended(intake.video_ended()))
+            return
 
-        def fresh() -> VideoFrames | AudioFrames:
-            return VideoFrames(codecs, self._hop) if kind == "video" else AudioFrames(codecs, self._hop)
-
-        self._tracks[kind] = track = _Track(rate, fresh(), fresh)
-        take = self._take_video if kind == "video" else self._take_audio
-        divert(
-            transceiver,
-            lambda packet: take(track, packet),
-            lambda ssrc, ntp, timestamp: self._take_report(kind, ssrc, ntp, timestamp),
-            lambda: self._track_ended(track),
-        )
-
-    def _adopt(self, track: _Track, packet: MediaPacket, now_ns: int) -> bool:
-        """Whether a packet is of the track's sender; another one may take its place when it has fallen silent."""
-        if packet.ssrc == track.ssrc:
-            track.newest_ns = now_ns
-            return True
-        if track.ssrc is not None and now_ns - track.newest_ns < SILENT_NS:
+        def take(packet: MediaPacket) -> bool:
+            intake.audio(packet)
             return False
-        track.frames, track.ssrc, track.newest_ns = track.fresh(), packet.ssrc, now_ns
-        (self._media.restart_video if isinstance(track.frames, VideoFrames) else self._media.restart_audio)(track.rate)
-        return True
 
-    def _take_video(self, track: _Track, packet: MediaPacket) -> bool:
-        now_ns, inbox = self._clock.monotonic_ns(), self.inbox
-        if inbox is None or not self._adopt(track, packet, now_ns):
-            return False
-        frames, clock = track.frames, self._media.video
-        assert isinstance(frames, VideoFrames) and clock is not None
-        clock.packet(packet.timestamp, now_ns)
-        if inbox.key_wanted():
-            frames.need_key()
-        for frame in frames.add(packet, now_ns):
-            pts_ns = self._media.video_pts_ns(frame.timestamp)
-            inbox.put(TimedFrame(frame, True, pts_ns, self._media.wall_offset_ns()))
-        self._put_texts(self._gate.timed())
-        return frames.asks_for_key(now_ns)
+        intake.expect_audio(codecs, rate)
+        divert(transceiver, take, intake.report, lambda: self._track_ended(intake.audio_ended()))
 
-    def _take_audio(self, track: _Track, packet: MediaPacket) -> bool:
-        now_ns, inbox = self._clock.monotonic_ns(), self.inbox
-        if inbox is None or not self._adopt(track, packet, now_ns):
-            return False
-        clock = self._media.audio
-        assert clock is not None
-        clock.packet(packet.timestamp, now_ns)
-        for frame in track.frames.add(packet, now_ns):
-            pts_ns = self._media.audio_pts_ns(frame.timestamp)
-            inbox.put(TimedFrame(frame, False, pts_ns, self._media.wall_offset_ns()))
-        self._put_texts(self._gate.timed())
-        return False
-
-    def _take_report(self, kind: str, ssrc: int, ntp: int, timestamp: int) -> None:
-        clock = self._media.video if kind == "video" else self._media.audio
-        if clock is not None and self._tracks[kind].ssrc == ssrc:
-            clock.report(ntp, timestamp)
-
-    def _track_ended(self, track: _Track) -> None:
-        track.gone = True
-        if all(other.gone for other in self._tracks.values()):
+    def _track_ended(self, was_last: bool) -> None:
+        if was_last:
             self._end(Failure.ENDED, "the publisher has ended it")
 
     def _take_channel(self, channel: RTCDataChannel) -> None:
@@ -262,12 +201,11 @@ class Session:
             log.info("source %s: a data channel that is not named %r is closed", self.source_id, TEXT_CHANNEL)
             channel.close()
             return
-        channel.on("message", lambda message: self._put_texts(self._gate.take(message)))
+        channel.on("message", self._take_message)
 
-    def _put_texts(self, texts: list[TimedText]) -> None:
-        for text in texts:
-            if self.inbox is not None:
-                self.inbox.put_text(text)
+    def _take_message(self, message: str | bytes) -> None:
+        if self._intake is not None:
+            self._intake.text(message)
 
 
 def _ice_servers(settings: WebRtcSettings) -> list[RTCIceServer]:

@@ -15,6 +15,8 @@ from stream.clock import NS_PER_S
 REPORTS_NS = 20 * NS_PER_S
 """Over how long the earliest of the sender's reports counts. Some senders (aiortc is one) stamp a report with the time
 at which a packet was sent, not at which it was captured: late by whatever kept them busy, never early."""
+REPORTS_MOST = 64
+"""Reports that are kept: a sender whose clock stands still must not fill the memory."""
 REPORTS_LEAST = 4
 """Reports that count however old they are."""
 CLOCK_SET_NS = NS_PER_S
@@ -22,6 +24,8 @@ CLOCK_SET_NS = NS_PER_S
 FASTEST_NS = 10 * NS_PER_S
 """Over how long the packet that came through fastest tells the offset of arrival; long enough to meet one that did not
 queue, short enough for clocks that drift."""
+ASTRAY_NS = 3600 * NS_PER_S
+"""A track whose times have moved against arrival by more than this since it began: its sender counts from elsewhere."""
 NTP_TO_UNIX_S = 2_208_988_800
 
 
@@ -73,13 +77,15 @@ class TrackClock:
 
     def __init__(self, rate: int) -> None:
         """``rate`` is that of the RTP timestamps, in Hz."""
-        self._rate = rate
+        self.rate = rate
+        """Hz."""
         self._ticks = Unwrapped(32)
         self._fastest = _Fastest()
-        self._reported: deque[tuple[int, int]] = deque()
+        self._reported: deque[tuple[int, int]] = deque(maxlen=REPORTS_MOST)
         """UTC and offset of each report."""
         self.arrival_offset_ns: int | None = None
         """Monotonic time of arrival minus the track's own time, for a packet that came through fast."""
+        self._first_offset_ns: int | None = None
 
     @property
     def wall_offset_ns(self) -> int | None:
@@ -94,8 +100,16 @@ class TrackClock:
     def packet(self, timestamp: int, arrival_ns: int) -> int:
         """A packet came; returns its time on the track's own timeline, in ns."""
         own_ns = self._own_ns(self._ticks.see(timestamp))
+        if self._first_offset_ns is None:
+            self._first_offset_ns = arrival_ns - own_ns
         self.arrival_offset_ns = self._fastest.see(arrival_ns - own_ns, arrival_ns)
         return own_ns
+
+    def is_astray(self, timestamp: int, arrival_ns: int) -> bool:
+        """Whether a packet's time has nothing to do with those before it."""
+        if self._first_offset_ns is None:
+            return False
+        return abs(arrival_ns - self.own_ns(timestamp) - self._first_offset_ns) > ASTRAY_NS
 
     def own_ns(self, timestamp: int) -> int:
         """The track's own time of a timestamp, in ns."""
@@ -117,7 +131,7 @@ class TrackClock:
             reported.popleft()
 
     def _own_ns(self, ticks: int) -> int:
-        return ticks * NS_PER_S // self._rate
+        return ticks * NS_PER_S // self.rate
 
 
 @dataclass(slots=True, eq=False)
@@ -139,6 +153,20 @@ class MediaClock:
     def restart_audio(self, rate: int) -> None:
         """Another sender's audio begins."""
         self.audio, self._audio_ns = TrackClock(rate), None
+
+    def video_packet(self, timestamp: int, arrival_ns: int) -> None:
+        """A packet of video came. One that is astray begins the track anew, where arrival has it."""
+        assert self.video is not None
+        if self.video.is_astray(timestamp, arrival_ns):
+            self.restart_video(self.video.rate)
+        self.video.packet(timestamp, arrival_ns)
+
+    def audio_packet(self, timestamp: int, arrival_ns: int) -> None:
+        """The same for sound."""
+        assert self.audio is not None
+        if self.audio.is_astray(timestamp, arrival_ns):
+            self.restart_audio(self.audio.rate)
+        self.audio.packet(timestamp, arrival_ns)
 
     def video_pts_ns(self, timestamp: int) -> int:
         """Media time of a picture, one of whose packets came."""
