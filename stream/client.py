@@ -9,9 +9,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -19,20 +20,18 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from stream.clock import NS_PER_S, Clock, SystemClock
-from stream.errors import ClientError
+from stream.following import follow, stream_keys
 from stream.received import KINDS, ReceivedEvent, parse_entry
 from stream.reconnect import GroupLost, PatientConnection
-from stream.sinks.redis import stream_key
 
 __all__ = ["KINDS", "ReceivedEvent", "Subscription", "follow", "subscribe"]
 
 log = logging.getLogger(__name__)
 
-_LOOK_BACK = 2000
-"""Entries of a stream that are looked through for the newest of some sources."""
-
 _Entry = tuple[str, str, dict[str, str], int]
 """Stream, entry id, fields, deliveries."""
+_Held = tuple[str, str, dict[str, str] | None, int]
+"""The same; without fields when it was delivered before: they are fetched when it is handed out."""
 _DEAD_MAXLEN = 100_000
 
 
@@ -59,7 +58,7 @@ class Subscription:
         """See ``subscribe``."""
         self._connection = PatientConnection(url, block_s=block_s, name="sightwire-subscribe")
         self._group, self._consumer = group, consumer
-        self._streams = _streams(prefix, kinds)
+        self._streams = stream_keys(prefix, kinds)
         self._dead_stream = f"{prefix}:events:dead"
         self._sources = None if sources is None else frozenset(sources)
         self._auto_ack = auto_ack
@@ -69,7 +68,7 @@ class Subscription:
         self._batch = batch
         self._clock = clock or SystemClock()
         self._from: dict[str, str] = dict.fromkeys(self._streams, start)
-        self._buffer: deque[_Entry] = deque()
+        self._buffer: deque[_Held] = deque()
         self._buffered_ns = 0
         self._claim_ns = 0
         self._joined = False
@@ -92,7 +91,7 @@ class Subscription:
             await self._keep_hold()
             if not self._buffer:
                 continue
-            event = await self._accept(self._buffer.popleft())
+            event = await self._accept(await self._fetched(self._buffer.popleft()))
             if event is not None:
                 self._open.add((event.stream, event.entry_id))
                 self._current = event if self._auto_ack else None
@@ -143,13 +142,16 @@ class Subscription:
                 log.warning("group %s is gone from Redis; making it again", self._group)
                 await self._make_groups()
                 continue
+            except asyncio.CancelledError:
+                self._read_pending_again()  # the server may have done it all the same
+                raise
             if self._connection.losses > losses:
                 self._read_pending_again()
             return result
 
     def _read_pending_again(self) -> None:
         self._buffer.clear()
-        self._own_pending = dict.fromkeys(self._streams, "0")
+        self._own_pending = dict.fromkeys(self._streams, "-")
 
     async def _join(self) -> None:
         if not self._joined:
@@ -180,36 +182,51 @@ class Subscription:
         if self._own_pending:
             await self._read_own_pending()
         elif self._clock.monotonic_ns() >= self._claim_ns:
-            # Every third of the idle time, so that an entry waits at most four thirds of it.
-            self._claim_ns = self._clock.monotonic_ns() + self._claim_ms * NS_PER_S // 3000
             await self._claim()
+            if not self._buffer:
+                # Every third of the idle time, so that an entry waits at most four thirds of it.
+                self._claim_ns = self._clock.monotonic_ns() + self._claim_ms * NS_PER_S // 3000
         else:
             await self._read_new()
         self._buffered_ns = self._clock.monotonic_ns()
 
     async def _read_own_pending(self) -> None:
-        wanted = dict(self._own_pending)
-        reply = await self._call(self._redis.xreadgroup, self._group, self._consumer, wanted, count=self._batch)
-        for stream, entries in reply:
-            if not entries:
-                self._own_pending.pop(stream, None)
-                continue
-            self._own_pending[stream] = entries[-1][0]
-            fresh = [entry for entry in entries if (stream, entry[0]) not in self._open]
-            await self._take_delivered(stream, fresh)
+        stream, after = next(iter(self._own_pending.items()))
+        pending = self._redis.xpending_range
+        told = await self._call(pending, stream, self._group, after, "+", self._batch, self._consumer)
+        if self._own_pending[stream] != after:  # a lost connection: from the beginning again
+            return
+        if not told:
+            del self._own_pending[stream]
+            return
+        self._own_pending[stream] = f"({told[-1]['message_id']}"
+        await self._hold(stream, [one for one in told if (stream, one["message_id"]) not in self._open], 0)
 
     async def _claim(self) -> None:
         for stream in self._streams:
-            claim = self._redis.xautoclaim
-            reply = await self._call(claim, stream, self._group, self._consumer, self._claim_ms, count=self._batch)
-            await self._take_delivered(stream, reply[1])
+            pending = self._redis.xpending_range
+            told = await self._call(pending, stream, self._group, "-", "+", self._batch, idle=self._claim_ms)
+            await self._hold(stream, told, self._claim_ms)
 
-    async def _take_delivered(self, stream: str, entries: list[tuple[str, dict[str, str]]]) -> None:
-        """Buffer entries that were delivered before, with how often."""
-        for entry_id, fields in entries:
-            told = await self._call(self._redis.xpending_range, stream, self._group, entry_id, entry_id, 1)
-            if told:
-                self._buffer.append((stream, entry_id, fields, int(told[0]["times_delivered"])))
+    async def _hold(self, stream: str, told: list[dict[str, Any]], idle_ms: int) -> None:
+        """Make delivered entries this consumer's, and buffer them; that they are delivered again counts later."""
+        times = {one["message_id"]: int(one["times_delivered"]) for one in told}
+        if times:
+            claim = self._redis.xclaim
+            held = await self._call(claim, stream, self._group, self._consumer, idle_ms, list(times), justid=True)
+            self._buffer.extend((stream, entry_id, None, times[entry_id]) for entry_id in held)
+
+    async def _fetched(self, entry: _Held) -> _Entry:
+        """An entry with its fields, empty when it was trimmed.
+
+        One that was delivered before is only now delivered again: were all counted that are read together, those
+        behind one that crashes its consumers would be given up with it.
+        """
+        stream, entry_id, fields, deliveries = entry
+        if fields is not None:
+            return stream, entry_id, fields, deliveries
+        found = await self._call(self._redis.xclaim, stream, self._group, self._consumer, 0, [entry_id])
+        return stream, entry_id, (found[0][1] if found else None) or {}, deliveries + 1
 
     async def _read_new(self) -> None:
         wanted = dict.fromkeys(self._streams, ">")
@@ -291,93 +308,3 @@ def subscribe(url: str, *, group: str, consumer: str, **options: Any) -> Subscri
     Iterating raises ``ClientError`` when the server cannot be reached at first, or refuses for good.
     """
     return Subscription(url, group=group, consumer=consumer, **options)
-
-
-async def follow(
-    url: str,
-    *,
-    kinds: Sequence[str] = KINDS,
-    sources: Collection[str] | None = None,
-    prefix: str = "sightwire",
-    backlog: int = 0,
-    block_s: float = 1.0,
-) -> AsyncIterator[ReceivedEvent]:
-    """Events as they come, after the newest ``backlog`` ones; for looking on, without a group.
-
-    Rides out restarts of the server. Raises ``ClientError`` as ``subscribe`` does.
-    """
-    connection = PatientConnection(url, block_s=block_s, name="sightwire-follow")
-    wanted = None if sources is None else frozenset(sources)
-    try:
-        old, after = await _newest(connection, _streams(prefix, kinds), wanted, backlog)
-        for event in old:
-            yield event
-        block_ms = max(1, int(block_s * 1000))
-        while True:
-            reply = await connection.call(connection.redis.xread, dict(after), count=256, block=block_ms)
-            for stream, entries in reply:
-                after[stream] = entries[-1][0]
-                for event in _events(stream, entries, wanted):
-                    yield event
-    finally:
-        await connection.aclose()
-
-
-async def newest(
-    url: str,
-    *,
-    kinds: Sequence[str] = KINDS,
-    sources: Collection[str] | None = None,
-    prefix: str = "sightwire",
-    count: int = 20,
-) -> list[ReceivedEvent]:
-    """The newest ``count`` events, oldest first, without waiting for more.
-
-    Raises ``ClientError`` as ``subscribe`` does.
-    """
-    connection = PatientConnection(url, block_s=1.0, name="sightwire-newest")
-    wanted = None if sources is None else frozenset(sources)
-    try:
-        return (await _newest(connection, _streams(prefix, kinds), wanted, count))[0]
-    finally:
-        await connection.aclose()
-
-
-async def _newest(
-    connection: PatientConnection, streams: Sequence[str], wanted: frozenset[str] | None, count: int
-) -> tuple[list[ReceivedEvent], dict[str, str]]:
-    """The newest ``count`` events over all streams, oldest first, and each stream's last entry id."""
-    after: dict[str, str] = {}
-    old: list[ReceivedEvent] = []
-    # Only some of the entries may be of a wanted source, so more are looked at than are asked for.
-    looked_at = max(count, 1) if wanted is None else _LOOK_BACK
-    for stream in streams:
-        entries = await connection.call(connection.redis.xrevrange, stream, count=looked_at)
-        after[stream] = entries[0][0] if entries else "0-0"
-        old.extend(_events(stream, entries, wanted))
-    return sorted(old, key=_age)[len(old) - min(count, len(old)) :], after
-
-
-def _events(stream: str, entries: Any, wanted: frozenset[str] | None) -> list[ReceivedEvent]:
-    """The events among entries; others are logged and passed over."""
-    events = []
-    for entry_id, fields in entries:
-        try:
-            event = parse_entry(stream, entry_id, fields)
-        except ValueError as error:
-            log.warning("%s", error)
-            continue
-        if wanted is None or event.source_id in wanted:
-            events.append(event)
-    return events
-
-
-def _age(event: ReceivedEvent) -> tuple[int, int]:
-    first, _, second = event.entry_id.partition("-")
-    return int(first), int(second)
-
-
-def _streams(prefix: str, kinds: Sequence[str]) -> list[str]:
-    if unknown := set(kinds) - set(KINDS):
-        raise ClientError(f"no such kind of event: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
-    return [stream_key(prefix, kind) for kind in kinds]

@@ -6,8 +6,8 @@ import asyncio
 import signal
 from collections.abc import Callable, Collection, Sequence
 
-from stream.client import follow, newest
 from stream.errors import ClientError
+from stream.following import follow, newest
 from stream.received import KINDS, ReceivedEvent
 from stream.settings import Settings, home
 from stream.sinks.embedded import running_url

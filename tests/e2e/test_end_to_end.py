@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from stream.accounting import Ledger
-from stream.client import newest, subscribe
+from stream.client import subscribe
 from stream.clock import SystemClock
+from stream.following import newest
 from stream.ingest.open import open_source
 from stream.received import ReceivedEvent
 from stream.sinks.embedded import EmbeddedServer
