@@ -9,6 +9,7 @@ import av.error
 from av.packet import Packet
 from av.stream import Stream
 from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 
 from engines.manifest import VideoInput
 from stream.clock import NS_PER_MS, NS_PER_S, Clock
@@ -33,6 +34,9 @@ REPORT_CHECK_NS = 200 * NS_PER_MS
 """How often the sender's clock is looked at; it reports every few seconds."""
 BEHIND_NS = NS_PER_S
 """Paced media that is later than this has a new pace: it waits for no time that is long past."""
+NO_PICTURES = "sound comes, but no video any more; check the camera, or raise stall_timeout_s"
+OTHERS = 50
+"""Packets of other streams that come before pictures are missed: about a second of sound."""
 NO_MEDIA = frozenset(
     reason.value
     for reason in (
@@ -227,12 +231,16 @@ class NetworkSource:
             return not link.stop.is_set()
 
         pacer = Pacer(newest_ns) if connection.paced else None
+        # What is paced may hold long stretches of each stream in turn.
+        pictures = _Pictures(stall_ns) if selected.video is not None and not connection.paced else None
         asked_ns = newest_ns
         for packet in read_packets(connection.container, selected.all, self.stats, on_silence):
             newest_ns = self._clock.monotonic_ns()
             # Of a read that is broken off, FFmpeg first gives what its parsers held.
             if connection.patience is None and newest_ns - asked_ns >= stall_ns:
                 raise link.failure(Failure.STALLED)
+            if pictures is not None and not pictures.go_on(packet, newest_ns):
+                raise link.failure(Failure.STALLED, NO_PICTURES)
             if pacer is not None and packet.dts is not None:
                 due_ns = pacer.due(to_ns(packet.dts, packet.time_base), packet.stream_index)
                 if newest_ns - due_ns > BEHIND_NS:
@@ -242,3 +250,23 @@ class NetworkSource:
                     newest_ns = due_ns
             yield packet, newest_ns
             asked_ns = self._clock.monotonic_ns()
+
+
+class _Pictures:
+    """Notices that video stays away while something else still comes. Before the first picture none is missed."""
+
+    def __init__(self, stall_ns: int) -> None:
+        self._longest_ns = stall_ns
+        self._last_ns: int | None = None
+        self._others = 0
+
+    def go_on(self, packet: Packet[Stream], now_ns: int) -> bool:
+        """Take a packet of any stream; whether video still comes. Rare pictures may be as rare as they were."""
+        if isinstance(packet.stream, VideoStream):
+            if self._last_ns is not None:
+                self._longest_ns = max(self._longest_ns, 3 * (now_ns - self._last_ns))
+            self._last_ns, self._others = now_ns, 0
+            return True
+        self._others += 1
+        # By count too: after a pause of this very process the other streams' packets come all at once.
+        return self._last_ns is None or self._others <= OTHERS or now_ns - self._last_ns < self._longest_ns

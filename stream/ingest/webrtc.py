@@ -152,7 +152,9 @@ class WebRtcSource:
                 else:
                     newest_ns = item.frame.arrival_ns
                     reception.frame(item)
-            # Before the first packet it is the session that gives a publisher up which does not connect.
+            # It is the session that gives a publisher up which does not connect.
+            if newest_ns is None and inbox.is_connected():
+                newest_ns = self._clock.monotonic_ns()
             if newest_ns is not None and self._clock.monotonic_ns() - newest_ns >= stall_ns:
                 raise gone(self.source_id, Failure.STALLED, "no media any more from the publisher")
 

@@ -64,7 +64,7 @@ class Announced:
 
 
 class Inbox:
-    """One publisher's media. ``put_…`` and ``end`` are called on the loop, the rest on the source's thread."""
+    """One publisher's media. ``now_connected``, ``put_…`` and ``end`` are for the loop, the rest for a thread."""
 
     def __init__(self, announced: Announced, frames: Hop, texts: Hop, released: Callable[[], None]) -> None:
         """``released`` is called, on any thread, when the source takes no more."""
@@ -79,7 +79,16 @@ class Inbox:
         self._changed = threading.Condition()
         self._error: SourceError | None = None
         self._open = True
+        self._connected = threading.Event()
         self._key_wanted = threading.Event()
+
+    def now_connected(self) -> None:
+        """The way for media is open."""
+        self._connected.set()
+
+    def is_connected(self) -> bool:
+        """Whether media can come."""
+        return self._connected.is_set()
 
     def put(self, item: TimedFrame) -> None:
         """Take a frame. Full of pictures, it drops them all and wants a key frame; of sound, the oldest."""

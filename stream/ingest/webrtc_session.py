@@ -173,6 +173,8 @@ class Session:
             case "connected":
                 if self._deadline is not None:
                     self._deadline.cancel()
+                if self.inbox is not None:
+                    self.inbox.now_connected()
             case "failed":
                 self._end(Failure.CONNECTION_LOST, "the connection to the publisher was lost")
             case "closed":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from fractions import Fraction
+from typing import Any
 
 import av.error
 import numpy as np
@@ -14,7 +15,7 @@ from av.video.frame import VideoFrame
 from numpy.typing import NDArray
 
 from stream.accounting import Hop
-from stream.clock import ManualClock
+from stream.clock import NS_PER_S, ManualClock
 from stream.errors import SourceError
 from stream.ingest.decode import FrameRenderer
 from stream.ingest.errors import Failure
@@ -89,6 +90,29 @@ def test_what_cannot_be_converted_loses_the_publisher_and_no_more(
     run = receive()
     assert run.error is not None and (run.error.reason, run.error.retryable) == (Failure.CORRUPT, True)
     assert "Cannot allocate memory" in str(run.error) and "\n" not in str(run.error)
+
+
+def test_a_publisher_that_connects_and_sends_nothing_makes_way_for_another() -> None:
+    publications, clock = Publications(), ManualClock()
+    inbox = Inbox(Announced(True, False), Hop(), Hop(), lambda: None)
+    publications.offer("cam", inbox)
+    settings = SourceSettings.model_validate({"id": "cam", "url": "webrtc:", "stall_timeout_s": 5})
+    source = open_source(settings, EVERY_FRAME, None, clock, publications=publications)
+    take, looks = inbox.take, list[int]()
+
+    def later(timeout_s: float) -> list[Any]:
+        """A publisher connects after a minute; time passes as the source looks for media."""
+        clock.advance(NS_PER_S)
+        looks.append(clock.now_ns)
+        if len(looks) == 60:
+            inbox.now_connected()
+        return list(take(0))
+
+    inbox.take = later  # type: ignore[method-assign]
+    with pytest.raises(SourceError) as lost:
+        source.run(lambda item: None, threading.Event())
+    assert lost.value.reason == Failure.STALLED and lost.value.retryable
+    assert len(looks) == 65 and not publications.is_taken("cam")
 
 
 def test_a_publisher_that_leaves_ends_the_epoch() -> None:
