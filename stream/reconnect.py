@@ -14,7 +14,7 @@ from redis.exceptions import ResponseError
 
 from stream.backoff import Backoff
 from stream.errors import ClientError
-from stream.sinks.redis_errors import FOREIGN, explain, open_client
+from stream.sinks.redis_errors import FOREIGN, explain, follow_failover, open_client
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class PatientConnection:
         failure = explain(error, self._url)
         if not failure.retryable or not self._reached:
             raise ClientError(failure.message) from None
+        await follow_failover(failure, self.redis)
         if failures == 1:
             log.warning("%s; trying again until it is back", failure.message)
         await asyncio.sleep(self._backoff.delay_s(failures, random.random()))

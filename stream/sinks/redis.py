@@ -11,7 +11,7 @@ from redis.exceptions import NoScriptError, ReadOnlyError, ResponseError
 
 from stream.errors import EventRejected, SinkError
 from stream.sinks.cloudevent import FIELDS, event_fields
-from stream.sinks.redis_errors import FOREIGN, explain, open_client
+from stream.sinks.redis_errors import FOREIGN, explain, follow_failover, open_client
 from stream.types import Event
 
 # The id is remembered after the append: should XADD fail, the script ends there and the id is not remembered.
@@ -120,6 +120,7 @@ class RedisSink:
             except NoScriptError:  # a fresh or restarted server; EVAL loads the script too
                 reply = await self._client.eval(APPEND_ONCE, keys, *arguments)
         except FOREIGN as error:
+            await follow_failover(explain(error, self._url), self._client)
             raise self._mapped(error) from None
         return cast(list[int], reply)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +101,9 @@ _BY_CODE = {
 }
 
 
+_NOT_PRIMARY = ("readonly", "cluster_down")
+
+
 def explain(error: Exception, url: str) -> Failure:
     """What an exception of redis-py (one of ``FOREIGN``) means; the URL's password stays out of it."""
     where = f"Redis at {redacted_url(url)}"
@@ -115,6 +119,13 @@ def explain(error: Exception, url: str) -> Failure:
         reason, retryable, text = _BY_CODE[code]
         return Failure(reason, f"{where} {text}", retryable)
     return Failure("other", f"{where} refused a command{_detail(error)}", retryable=False)
+
+
+async def follow_failover(failure: Failure, client: Redis) -> None:
+    """After a failover the address may lead to another server, while the connection still leads to the old one."""
+    if failure.reason in _NOT_PRIMARY:
+        with contextlib.suppress(*FOREIGN):
+            await client.connection_pool.disconnect()
 
 
 def _detail(error: Exception) -> str:
