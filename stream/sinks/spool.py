@@ -14,7 +14,7 @@ import json
 import logging
 import shutil
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -263,27 +263,49 @@ class Spool:
     def _start_over(self, error: sqlite3.DatabaseError) -> None:
         self._drop_connection()
         aside = self._path.with_name(f"{self._path.name}.damaged-{self._clock.wall_ns()}")
-        for suffix in ("", "-wal", "-shm"):
-            part = self._path.with_name(self._path.name + suffix)
-            if part.exists():
-                part.replace(aside.with_name(aside.name + suffix))
-        self._open()
-        saved = _readable(aside)
-        self._append(saved)
-        log.error("spool %s is damaged (%s): kept as %s; %d events read from it", self._path, error, aside, len(saved))
+        _move(self._path, aside)
+        try:
+            self._open()
+            saved = self._restore(aside)
+        except (sqlite3.Error, OSError):
+            # For want of space, perhaps. What is in the damaged file must not be forgotten: it stays where it is.
+            self._drop_connection()
+            _move(aside, self._path)
+            raise
+        log.error("spool %s is damaged (%s): kept as %s; %d events read from it", self._path, error, aside, saved)
+
+    def _restore(self, aside: Path) -> int:
+        """Each event in its old place: what was being done when the damage was found goes by places."""
+        with self._connection as db:
+            db.executemany("INSERT OR IGNORE INTO events(seq, added_ns, body) VALUES (?, ?, ?)", _readable(aside))
+        self._recount()
+        return self._count
 
 
-def _readable(path: Path) -> list[str]:
-    """Bodies of the events in a damaged file, in order, up to the damage."""
-    bodies: list[str] = []
-    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path, timeout=0.2)) as db:
-        for (body,) in db.execute("SELECT body FROM events ORDER BY seq"):
-            try:
-                _to_event(body)
-            except sqlite3.DatabaseError:
-                continue
-            bodies.append(body)
-    return bodies
+def _move(path: Path, to: Path) -> None:
+    """A database with the files that belong to it; of another one there nothing is left."""
+    for suffix in ("", "-wal", "-shm"):
+        part, target = (one.with_name(one.name + suffix) for one in (path, to))
+        if part.exists():
+            part.replace(target)
+        else:
+            target.unlink(missing_ok=True)
+
+
+def _readable(path: Path) -> Iterator[tuple[int, int, str]]:
+    """Rows of the events in a damaged file: from the first up to the damage, and from the last back to it."""
+    found = None
+    for order in ("ASC", "DESC"):
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path, timeout=0.2)) as db:
+            for seq, added_ns, body in db.execute(f"SELECT seq, added_ns, body FROM events ORDER BY seq {order}"):
+                if order == "DESC" and seq == found:
+                    return
+                try:
+                    _to_event(body)
+                except sqlite3.DatabaseError:
+                    continue
+                yield seq, added_ns, body
+                found = seq if order == "ASC" else found
 
 
 def _code(error: Exception) -> int:
