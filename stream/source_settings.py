@@ -55,6 +55,20 @@ class Scaling(StrEnum):
     """Mean of the pixels that one pixel stands for: smoother, and slower."""
 
 
+class CaptionService(StrEnum):
+    """Which of the four services of closed captions (EIA-608) is read; a second language often is CC3."""
+
+    CC1 = "cc1"
+    CC2 = "cc2"
+    CC3 = "cc3"
+    CC4 = "cc4"
+
+    @property
+    def number(self) -> int:
+        """1 to 4."""
+        return int(self.value[2:])
+
+
 class Pace(StrEnum):
     """How a file is read."""
 
@@ -94,6 +108,8 @@ class SourceSettings(Section):
     skip_frames: bool = True
     """Whether to leave undecoded what no pack needs: all but key frames, or what no other frame refers to."""
     scaling: Scaling = Scaling.FAST
+    captions: CaptionService = CaptionService.CC1
+    """Closed captions inside pictures that become texts, where there is no text track: cc1 to cc4."""
     max_pixels: Annotated[int, Field(ge=65_536, le=2**31 - 1)] = MAX_PIXELS
     """Largest picture that is decoded, width times height: decoders keep up to 17 of them in memory."""
     read_timeout_s: Seconds = 1.0

@@ -17,6 +17,7 @@ from stream.clock import NS_PER_S
 from stream.ingest.closed_captions import Caption, ClosedCaptions
 from stream.ingest.recording import TAG
 from stream.ingest.timeline import to_ns
+from stream.source_settings import CaptionService
 
 CODECS = frozenset({"mov_text", "srt", "subrip", "webvtt", "ass", "ssa", "text"})
 """Those that hold text; others hold pictures of it."""
@@ -54,8 +55,8 @@ def read_captions(packet: Packet[Stream]) -> list[Caption]:
 class PictureCaptions:
     """Reads the closed captions of decoded pictures, in the order of presentation."""
 
-    def __init__(self) -> None:
-        self._reader = ClosedCaptions()
+    def __init__(self, service: CaptionService) -> None:
+        self._reader = ClosedCaptions(service.number)
         self._known = False
 
     @property

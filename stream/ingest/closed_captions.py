@@ -1,4 +1,4 @@
-"""Closed captions that travel inside pictures: EIA-608 (CTA-608-E; 47 CFR 15.119), first service of the first field.
+"""Closed captions that travel inside pictures: EIA-608 (CTA-608-E; 47 CFR 15.119), one of its four services.
 
 Each picture carries pairs of bytes (ATSC A/53, part 4, ``cc_data``). FFmpeg's ``cc_dec`` reads them too, but tells of a
 caption when it is over, too late for the windows that it was shown in, or of every letter as it comes. Here a caption
@@ -95,7 +95,11 @@ class _Rows:
 class ClosedCaptions:
     """Reads the pairs of one stream's pictures, in the order of presentation."""
 
-    def __init__(self) -> None:
+    def __init__(self, service: int = 1) -> None:
+        """``service`` is 1 to 4: CC1 and CC2 lie in the first field, CC3 and CC4 in the second."""
+        # The pair is valid, and of that field.
+        self._head = 0b100 if service <= 2 else 0b101
+        self._channel = 0x08 if service in (2, 4) else 0
         self.found = False
         """Whether there has been anything but padding."""
         self._last_ns: int | None = None
@@ -103,7 +107,7 @@ class ClosedCaptions:
 
     def _reset(self) -> None:
         self._mode = _Mode.NONE
-        self._first_service = False
+        self._ours = False
         self._before: tuple[int, int] | None = None
         self._before_ns = 0
         self._loading = _Rows()
@@ -119,8 +123,7 @@ class ClosedCaptions:
             self._reset()
         self._last_ns = pts_ns
         for at in range(0, len(data) - 2, 3):
-            # The pair is valid, and of the first field.
-            if data[at] & 0b111 == 0b100 and _odd(data[at + 1]) and _odd(data[at + 2]):
+            if data[at] & 0b111 == self._head and _odd(data[at + 1]) and _odd(data[at + 2]):
                 done += self._pair(data[at + 1] & 0x7F, data[at + 2] & 0x7F, pts_ns)
         if self._since_ns is not None and (pts_ns - self._touched_ns >= PAUSE_NS or self._written.full):
             done += self._complete(pts_ns)
@@ -143,11 +146,13 @@ class ClosedCaptions:
                     self._letter(_BASIC.get(code, chr(code)), now_ns)
             return []
         if first < 0x10:
+            # Data about the programme (XDS), which letters follow; captions go on with a control code.
+            self._ours &= not first
             return []
         if self._is_repeated(first, second, now_ns):
             return []
-        self._first_service = not first & 0x08
-        return self._control(first & ~0x08, second, now_ns) if self._first_service else []
+        self._ours = first & 0x08 == self._channel
+        return self._control(first & ~0x08, second, now_ns) if self._ours else []
 
     def _is_repeated(self, first: int, second: int, now_ns: int) -> bool:
         """Control codes are sent twice, so that one may be lost; padding may lie between."""
@@ -204,7 +209,7 @@ class ClosedCaptions:
         return self._loading if self._mode is _Mode.POP_ON else self._written
 
     def _letter(self, letter: str, now_ns: int) -> None:
-        if self._mode is _Mode.NONE or not self._first_service:
+        if self._mode is _Mode.NONE or not self._ours:
             return
         self._target().put(letter)
         if self._mode is not _Mode.POP_ON:

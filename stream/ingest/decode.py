@@ -30,7 +30,7 @@ from stream.ingest.resample import MonoResampler
 from stream.ingest.skipping import Skip, SkipRule
 from stream.ingest.stats import DecodeStats
 from stream.ingest.video import NotUsable, TooLarge
-from stream.source_settings import MAX_PIXELS, Decode, Scaling
+from stream.source_settings import MAX_PIXELS, CaptionService, Decode, Scaling
 
 BAD_PACKETS_LIMIT = 300
 """Undecodable packets in a row (about 12 s of video) after which a source is given up."""
@@ -185,6 +185,7 @@ class Decoder:
         inputs: tuple[VideoInput, ...] | None = None,
         decode: Decode = Decode.SOFTWARE,
         max_pixels: int = MAX_PIXELS,
+        captions: CaptionService = CaptionService.CC1,
     ) -> None:
         """``timed`` is off for video whose packets carry no times: then arrival is presentation. With ``inputs``
         packets are left undecoded that none of them needs. Larger pictures than ``max_pixels`` are not decoded."""
@@ -207,7 +208,7 @@ class Decoder:
         self._bad_run = 0
         self._bad_reason = Failure.CORRUPT
         self._text_index = -1 if selected.text is None else selected.text.index
-        self._picture_captions = PictureCaptions() if timed else None
+        self._picture_captions = PictureCaptions(captions) if timed else None
         self._texts: list[tuple[Caption, int]] = []
         self._gathered: list[tuple[Packet[Stream], int]] = []
         self._audio_due_ns = 0

@@ -143,6 +143,7 @@ class FileSource:
                 inputs=self._inputs if self._settings.skip_frames else None,
                 decode=self._settings.decode,
                 max_pixels=self._settings.max_pixels,
+                captions=self._settings.captions,
             )
             self._decode(container, selected, decoder, pacer, stop)
         if assembler.next_epoch == epoch and not stop.is_set():

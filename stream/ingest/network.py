@@ -177,6 +177,7 @@ class NetworkSource:
             inputs=self._inputs if self._settings.skip_frames else None,
             decode=self._settings.decode,
             max_pixels=self._settings.max_pixels,
+            captions=self._settings.captions,
         )
         try:
             self._read(link, connection, selected, decoder, assembler)

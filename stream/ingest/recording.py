@@ -22,7 +22,7 @@ FORMAT = 1
 """Version of all this; a reader refuses a higher one."""
 TAG = "SIGHTWIRE"
 NO_RECORDING = "not a recording of sightwire record, or no more than the beginning of one"
-REPLAYED_SETTINGS = {"audio", "hop_s", "packs", "roi", "scaling", "skip_frames"}
+REPLAYED_SETTINGS = {"audio", "captions", "hop_s", "packs", "roi", "scaling", "skip_frames"}
 """Settings of a source that decide what its windows hold: a recording keeps them, and a replay takes them over."""
 FAR_NS = 1 << 62
 """No time, and no number, is further away."""

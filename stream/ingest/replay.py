@@ -196,6 +196,7 @@ class ReplaySource:
             inputs=self._inputs if self._settings.skip_frames else None,
             decode=self._settings.decode,
             max_pixels=self._settings.max_pixels,
+            captions=self._settings.captions,
         )
         return _Connection(chosen, connected.tracks, assembler, decoder, emitter, times)
 

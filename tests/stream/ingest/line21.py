@@ -83,6 +83,7 @@ def captioned_clip(
     b_frames: int = 2,
     gop: int = 25,
     fps: int = 25,
+    second_field: bool = False,
 ) -> Path:
     """A clip whose pictures carry a pair each; ``said`` says what from which picture on, the rest is padding."""
     pairs = _one_a_picture(said, int(seconds * fps))
@@ -101,8 +102,9 @@ def captioned_clip(
             for packet in video.encode(picture):
                 assert packet.pts is not None and packet.time_base is not None
                 number = round(packet.pts * packet.time_base * fps)
-                # The second field, and one of the newer kind, as an encoder sends them along.
-                data = triplet(pairs[number]) + b"\xfd\x80\x80" + b"\xfa\x00\x00"
+                # The other field, and one of the newer kind, as an encoder sends them along.
+                fields = [pairs[number], (0, 0)][:: -1 if second_field else 1]
+                data = triplet(fields[0]) + triplet(fields[1], 0xFD) + b"\xfa\x00\x00"
                 changed = av.Packet(with_captions(bytes(packet), codec, data))
                 changed.pts, changed.dts, changed.time_base = packet.pts, packet.dts, packet.time_base
                 changed.is_keyframe, changed.stream = packet.is_keyframe, video

@@ -19,6 +19,7 @@ from stream.accounting import Ledger
 from stream.clock import ManualClock, SystemClock
 from stream.ingest.captions import PictureCaptions
 from stream.ingest.closed_captions import Caption, ClosedCaptions, shown_ns
+from stream.source_settings import CaptionService
 from stream.types import Frame, TextItem
 from stream.windows import Grace, SourceWindows, Watch
 from tests.stream.camera import Camera, facts, recording
@@ -50,17 +51,17 @@ CLOSE = [(0, 0)] * 50
 """Two seconds of silence."""
 
 
-def read(codes: list[Pair], head: int = 0xFC) -> list[Caption]:
+def read(codes: list[Pair], head: int = 0xFC, service: int = 1) -> list[Caption]:
     """What a reader says of codes that come one a picture."""
-    reader = ClosedCaptions()
+    reader = ClosedCaptions(service)
     said = []
     for number, pair in enumerate(codes):
         said += reader.see(number * FRAME_NS, triplet(pair, head))
     return said + reader.finish()
 
 
-def texts(codes: list[Pair], head: int = 0xFC) -> list[str]:
-    return [text for _, _, text in read(codes, head)]
+def texts(codes: list[Pair], head: int = 0xFC, service: int = 1) -> list[str]:
+    return [text for _, _, text in read(codes, head, service)]
 
 
 def test_a_caption_that_pops_on_is_known_when_it_appears() -> None:
@@ -100,9 +101,39 @@ def test_letters_can_be_taken_back_and_codes_are_not_doubled() -> None:
     assert texts(single) == ["AB", "CD"]
 
 
+def of_channel_two(codes: list[Pair]) -> list[Pair]:
+    return [(first | 8 if first in range(0x10, 0x20) else first, other) for first, other in codes]
+
+
+@pytest.mark.parametrize("service", [1, 2, 3, 4])
+def test_each_service_is_read_by_itself(service: int) -> None:
+    """Two share a field, and take turns in it."""
+    said = {1: "ONE", 2: "TWO", 3: "THREE", 4: "FOUR"}
+    codes = {who: [*twice(ROLL_UP_2, BOTTOM), *letters(what), *twice(RETURN)] for who, what in said.items()}
+    heard = [
+        text
+        for head, one, other in ((0xFC, 1, 2), (0xFD, 3, 4))
+        for text in texts([*codes[one], *of_channel_two(codes[other]), *codes[one]], head, service)
+    ]
+    assert heard == [said[service]] * (2 if service in (1, 3) else 1)
+
+
+def test_what_is_told_of_the_programme_is_no_caption() -> None:
+    """XDS comes between captions in the second field: a code, letters, and a sum."""
+    begin = [*twice(ROLL_UP_2, BOTTOM), *letters("SHE ")]
+    title: list[Pair] = [(0x01, 0x03), *letters("TITLE "), (0x0F, 0x1D)]
+    assert texts([*begin, *title, *twice(ROLL_UP_2), *letters("GOES"), *twice(RETURN)], 0xFD, 3) == ["SHE GOES"]
+
+
+def test_captions_of_the_second_field_are_read_where_the_settings_say_so(tmp_path: Path) -> None:
+    clip = captioned_clip(tmp_path / "clip.ts", SAID, second_field=True)
+    assert heard(run_source(clip)) == []
+    assert heard(run_source(clip, captions="cc3")) == EXPECTED
+
+
 def test_the_second_service_other_fields_and_invalid_pairs_are_not_read() -> None:
     codes = [*twice(ROLL_UP_2, BOTTOM), *letters("MINE"), *twice(RETURN)]
-    second = [(first | 8 if first in range(0x10, 0x20) else first, other) for first, other in codes]
+    second = of_channel_two(codes)
     assert texts(codes) == ["MINE"]
     assert texts(second) == []
     assert texts([*codes, *second, *codes]) == ["MINE", "MINE"]
@@ -247,7 +278,7 @@ def test_a_replay_says_the_same(tmp_path: Path) -> None:
 
 
 def test_a_look_at_a_picture_leaves_no_reference_to_it(tmp_path: Path) -> None:
-    reader = PictureCaptions()
+    reader = PictureCaptions(CaptionService.CC1)
     with av.open(str(captioned_clip(tmp_path / "clip.ts", SAID, seconds=6))) as container:
         for number, frame in enumerate(container.decode(video=0)):
             before = sys.getrefcount(frame)
