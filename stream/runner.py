@@ -184,12 +184,11 @@ async def run(
     ending = Ending(settings.shutdown_grace_s)
     with ending.on_signals():
         packs = await asyncio.to_thread(_load, settings)
-        live = [source.id for source in settings.sources if source.live]
         if not publish:
             # Without a reader there is nothing left to do.
-            tally = Tally(live, show, on_deaf=ending.ask)
+            tally = Tally(show, on_deaf=ending.ask)
             return await _run_to_console(settings, packs, clock, tally, ending, started, seconds)
-        return await _run_and_publish(settings, packs, clock, Tally(live, show), ending, started, seconds, reload)
+        return await _run_and_publish(settings, packs, clock, Tally(show), ending, started, seconds, reload)
 
 
 async def _run_to_console(
@@ -202,6 +201,7 @@ async def _run_to_console(
     seconds: float | None,
 ) -> Summary:
     service = Service(settings, packs.served, ConsolePort(tally, clock), clock, failed=packs.failed)
+    tally.is_live = service.is_live
     ending.attach(service)
     where = Addresses(None, False, None, _backends(packs.served))
     failed = await _run_service(service, where, ending, started, seconds)
@@ -224,6 +224,7 @@ async def _run_and_publish(
         sink = await stack.enter_async_context(_sink(settings.redis, url))
         publisher = Publisher(sink, _spool(settings, clock), clock=clock, observer=tally)
         service = Service(settings, packs.served, publisher, clock, failed=packs.failed)
+        tally.is_live = service.is_live
         tally.observe_latency = lambda kind, latency_s: service.metrics.event_latency.labels(kind).observe(latency_s)
         service.metrics.views.publisher = lambda: _publisher_view(publisher)
         ending.attach(service, publisher, reload)

@@ -233,6 +233,11 @@ class Service:
             generation.store.forget(source.settings.id)
         self.swaps.source_ended(source.settings.id)
 
+    def is_live(self, source_id: str) -> bool:
+        """Whether there is a source of that id now, whose media arrives in its own time."""
+        source = self.sources.get(source_id)
+        return source is not None and source.settings.live
+
     def _is_gone(self, source_id: str) -> bool:
         source = self.sources.get(source_id)
         return source is None or source.supervisor.status.state in (SourceState.ENDED, SourceState.FAILED)

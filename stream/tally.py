@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from stream.clock import NS_PER_S
@@ -47,17 +47,16 @@ class Summary:
 class Tally:
     """Counts acknowledged events and their latency, and shows them. It is the publisher's observer."""
 
-    def __init__(
-        self, live_sources: Collection[str], show: ShowEvent | None, on_deaf: Callable[[], None] = lambda: None
-    ) -> None:
-        """``live_sources`` are ids; latency is measured on them. ``on_deaf`` is called when nobody reads any more."""
+    def __init__(self, show: ShowEvent | None, on_deaf: Callable[[], None] = lambda: None) -> None:
+        """``on_deaf`` is called when nobody reads any more."""
         self.latencies_s: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self.events: Counter[str] = Counter()
         self.duplicates = 0
         """Events that the sink had already when it was first given them."""
         self.observe_latency: Callable[[str, float], None] = lambda kind, seconds: None
         """Told the kind and latency of each event of a live source."""
-        self._live = {f"/sources/{source_id}" for source_id in live_sources}
+        self.is_live: Callable[[str], bool] = lambda source_id: False
+        """Whether there is a live source of that id now; latency is measured on those."""
         self._show = show
         self._on_deaf = on_deaf
         self._told: OrderedDict[str, None] = OrderedDict()
@@ -79,7 +78,8 @@ class Tally:
         self.duplicates += not new
         # The end of a lost source's events repeats the capture time of its last window: that is no latency.
         timely = event.data["phase"] != "end" or event.data.get("reason") == "score"
-        if event.source in self._live and not spooled and timely and event.kind != "source":
+        source_id = event.source.removeprefix("/sources/")
+        if timely and not spooled and event.kind != "source" and self.is_live(source_id):
             latency_s = max(0, acknowledged_wall_ns - event.capture_wall_ns) / NS_PER_S
             self.latencies_s.append(latency_s)
             self.observe_latency(event.kind, latency_s)
