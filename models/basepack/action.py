@@ -154,10 +154,12 @@ def fit_expert(
 ) -> nn.Linear:
     """One logistic regression on standardised inputs ``[N, D]`` of the rows that are ``there``, bool ``[N]``.
 
-    The standardisation is in the weights that come back.
+    Rows count in the standardisation as they do in the loss: most are ordinary video, whose spread is not that of
+    people. It is in the weights that come back.
     """
     x, targets, weights = inputs[there], data.targets[there], weights[there] / weights[there].sum()
-    middle, scale = x.mean(dim=0), 1.0 / (x.std(dim=0, correction=0) + FLOOR)
+    middle = weights @ x
+    scale = 1.0 / ((weights @ (x - middle).square()).sqrt() + FLOOR)
     choices = _choices([w for w, take in zip(data.windows, there.tolist(), strict=True) if take], targets)
     known, positive = (targets >= 0) * weights[:, None], (targets == 1).float()
 
