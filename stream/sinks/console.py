@@ -67,6 +67,8 @@ class ConsoleSink:
     def show(self, event: Showable) -> None:
         """Print one event. Raises ``SinkError`` when nobody reads the output any more."""
         line = event_line(event, zone=self._zone)
+        # What the output cannot show must not end the service: one for one, so that the colours stay in place.
+        line.plain = line.plain.encode(self._console.encoding, "replace").decode(self._console.encoding)
         cut = self._console.is_terminal
         try:
             if cut:

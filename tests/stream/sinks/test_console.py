@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from stream.errors import SinkError
-from stream.sinks.console import ConsoleSink
+from stream.sinks.console import ConsoleSink, ToldConsole
 
 
 def _shown(event: Any, **console: Any) -> str:
@@ -51,6 +51,16 @@ def test_control_characters_and_markup_do_nothing(make_event: Any) -> None:
     assert "\x1b" not in text
     assert text.count("\n") == 1
     assert "[red]x[/red]" in text
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_an_output_of_another_encoding_gets_what_it_can_show(make_event: Any, encoding: str) -> None:
+    written = io.BytesIO()
+    sink = ConsoleSink(ToldConsole(file=io.TextIOWrapper(written, encoding, write_through=True), highlight=False))
+    sink.show(make_event(1, source="Küche", message="größer als ≥ 5"))
+    shown = written.getvalue().decode(encoding)
+    assert "start" in shown and shown.rstrip("\n").endswith(" 5") and shown.count("\n") == 1
+    assert ("≥" in shown) == (encoding == "utf-8")
 
 
 async def test_a_closed_output_is_a_sink_error(make_event: Any, monkeypatch: pytest.MonkeyPatch) -> None:
