@@ -20,7 +20,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from stream.clock import NS_PER_S, Clock, SystemClock
-from stream.following import follow, stream_keys
+from stream.following import entry_time, follow, stream_keys
 from stream.received import KINDS, ReceivedEvent, parse_entry
 from stream.reconnect import GroupLost, PatientConnection
 
@@ -77,6 +77,12 @@ class Subscription:
         self._open: set[tuple[str, str]] = set()
         """Handed out and not acknowledged yet."""
         self._current: ReceivedEvent | None = None
+        self._behind = set(self._streams)
+        """Streams that may hold more than was read last."""
+        self._gaps: dict[str, tuple[str, int]] = {}
+        """Per stream how many were last found missing, and after which entry."""
+        self.missed = 0
+        """Events found to be gone from Redis before this group was given them."""
 
     def __aiter__(self) -> Self:
         return self
@@ -170,10 +176,37 @@ class Subscription:
         except ResponseError as error:
             if "BUSYGROUP" not in str(error):
                 raise
+        if self._joined:
+            newest = (await self._redis.xinfo_stream(stream))["last-generated-id"]
+            if entry_time(newest) < entry_time(self._from[stream]):
+                # Another stream than the one read so far, by a clock that is behind: all of it is new.
+                await self._redis.xgroup_setid(stream, self._group, "0")
+        if (group := await self._group_info(stream)) is not None:
+            self._from[stream] = str(group["last-delivered-id"])
+
+    async def _group_info(self, stream: str) -> dict[str, Any] | None:
         groups = await self._redis.xinfo_groups(stream)
-        self._from[stream] = next(
-            (str(group["last-delivered-id"]) for group in groups if group["name"] == self._group), self._from[stream]
-        )
+        return next((group for group in groups if group["name"] == self._group), None)
+
+    async def _look_for_gap(self, stream: str) -> None:
+        """Tell of events that were trimmed from a stream before the group was given them."""
+        try:
+            whole, group = await self._redis.xinfo_stream(stream), await self._group_info(stream)
+        except ResponseError:  # gone; the next read says so
+            return
+        if group is None or group.get("entries-read") is None or "entries-added" not in whole:
+            return
+        delivered, first = str(group["last-delivered-id"]), whole["first-entry"]
+        if first and entry_time(first[0]) <= entry_time(delivered):
+            return
+        missed = int(whole["entries-added"]) - int(group["entries-read"]) - int(whole["length"])
+        before = self._gaps.get(stream)
+        known = before[1] if before is not None and before[0] == delivered else 0
+        if missed > known:
+            self._gaps[stream] = (delivered, missed)
+            self.missed += missed - known
+            text = "group %s missed %d events of %s, trimmed before it read them; read faster, or raise redis.maxlen"
+            log.error(text, self._group, missed - known, stream)
 
     async def _fill(self) -> None:
         """Read until there is something: first what this consumer was given before, then what idle peers hold, then
@@ -229,6 +262,9 @@ class Subscription:
         return stream, entry_id, (found[0][1] if found else None) or {}, deliveries + 1
 
     async def _read_new(self) -> None:
+        for stream in list(self._behind):
+            await self._call(self._look_for_gap, stream)
+        self._behind.clear()
         wanted = dict.fromkeys(self._streams, ">")
         read = self._redis.xreadgroup
         reply = await self._call(read, self._group, self._consumer, wanted, count=self._batch, block=self._block_ms)
@@ -237,6 +273,8 @@ class Subscription:
         for stream, entries in reply:
             self._buffer.extend((stream, entry_id, fields, 1) for entry_id, fields in entries)
             self._from[stream] = entries[-1][0]
+            if len(entries) >= self._batch:
+                self._behind.add(stream)
 
     async def _keep_hold(self) -> None:
         """Tell the server that the buffered entries are in work, before peers may claim them."""
@@ -298,7 +336,8 @@ def subscribe(url: str, *, group: str, consumer: str, **options: Any) -> Subscri
     acknowledged when the next one is asked for, that is when its loop body has ended without an exception; with
     ``async with``, leaving the block without one acknowledges the last. Else call ``ack(event)``. What is not
     acknowledged comes again: at once when a consumer of the same name starts, after ``claim_idle_s`` to a peer; after
-    ``max_deliveries`` in vain it goes to ``{prefix}:events:dead``. A server that restarts, and a group that got lost
+    ``max_deliveries`` in vain it goes to ``{prefix}:events:dead``. Events that were trimmed from Redis before they were
+    read are counted in ``missed`` and logged. A server that restarts, and a group that got lost
     with its data, are waited for and made again. An event may come twice (same ``id``).
 
     Options, with their defaults: ``kinds`` (all), ``sources`` (ids; all), ``prefix`` ("sightwire"), ``start`` for a new

@@ -81,7 +81,7 @@ async def _newest(
         entries = await connection.call(connection.redis.xrevrange, stream, count=looked_at)
         after[stream] = entries[0][0] if entries else "0-0"
         old.extend(_events(stream, entries, wanted))
-    return sorted(old, key=_age)[len(old) - min(count, len(old)) :], after
+    return sorted(old, key=lambda event: entry_time(event.entry_id))[len(old) - min(count, len(old)) :], after
 
 
 def _events(stream: str, entries: Any, wanted: frozenset[str] | None) -> list[ReceivedEvent]:
@@ -98,9 +98,10 @@ def _events(stream: str, entries: Any, wanted: frozenset[str] | None) -> list[Re
     return events
 
 
-def _age(event: ReceivedEvent) -> tuple[int, int]:
-    first, _, second = event.entry_id.partition("-")
-    return int(first), int(second)
+def entry_time(entry_id: str) -> tuple[int, int]:
+    """An entry's id for comparison: the server's milliseconds, and a count within one."""
+    first, _, second = entry_id.partition("-")
+    return int(first), int(second or 0)
 
 
 def stream_keys(prefix: str, kinds: Sequence[str]) -> list[str]:

@@ -106,3 +106,34 @@ async def test_idle_entries_behind_many_busy_ones_are_found(
     async with _group(server, "last", claim_idle_s=999, batch=1) as events:
         assert await _rest(events, 2) == [58, 59]
     await busy.aclose()
+
+
+async def test_what_was_trimmed_before_it_was_read_is_told(
+    server: Any, sink: Any, redis: Any, make_event: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    await sink.publish([make_event(n) for n in range(10)])
+    async with _group(server) as events:
+        assert await _rest(events, 10) == list(range(10))
+        assert events.missed == 0
+    await sink.publish([make_event(n) for n in range(10, 30)])
+    await redis.xtrim(ACTIONS, maxlen=5, approximate=False)
+    async with _group(server, batch=2) as events:
+        assert await _rest(events, 2) == [25, 26]
+        assert events.missed == 15
+        # Nothing new gets lost; what was told of is not told again.
+        assert await _rest(events, 3) == [27, 28, 29]
+        await sink.publish([make_event(30)])
+        await redis.xtrim(ACTIONS, maxlen=1, approximate=False)
+        assert await _rest(events, 1) == [30]
+        assert events.missed == 15
+    assert caplog.text.count("missed 15 events of sightwire:events:action") == 1
+
+
+async def test_a_stream_that_began_anew_by_an_earlier_clock_is_read(server: Any, redis: Any, make_event: Any) -> None:
+    fields = {"id": "x", "type": "io.sightwire.action.start.v1", "source": "/sources/gate", "time": "", "subject": "s"}
+    await redis.xadd(ACTIONS, {**fields, "data": '{"seq": 1}'}, id="4000000000000-0")
+    async with _group(server) as events:
+        assert await _rest(events, 1) == [1]
+        await redis.flushall()
+        await redis.xadd(ACTIONS, {**fields, "data": '{"seq": 2}'}, id="3000000000000-0")
+        assert await _rest(events, 1) == [2]
