@@ -98,6 +98,8 @@ class GraphFile(_Strict):
 
     file: FileName
     sha256: Sha256
+    calibrated_on: tuple[Sha256, ...] = ()
+    """Hashes of the recordings that it was calibrated on: they show least what it loses."""
 
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -235,12 +237,10 @@ class Head(_Strict):
 
 
 class StateSpec(_Strict):
-    """A tensor that a stateful graph hands on from one hop of a source to the next."""
+    """A tensor that a stateful graph hands on: its output is its input at the source's next hop, zeros at first."""
 
     input: Name
-    """Input of the window graph; zeros at the start of an epoch."""
     output: Name
-    """Output of the window graph that is this input at the next hop."""
 
 
 class Branch(_Strict):
@@ -284,15 +284,14 @@ class Branch(_Strict):
 
 DEFAULT_BOUNDS: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.02, "bf16": 0.15, "int8": 0.2}
 DEFAULT_MASK_BOUNDS: dict[Precision, float] = {"fp32": 0.999, "fp16": 0.99, "bf16": 0.93, "int8": 0.85}
+DEFAULT_DECISION_BOUNDS: dict[Precision, float] = {"fp32": 1.0, "fp16": 0.95, "bf16": 0.95, "int8": 0.95}
 """Bounds that separate rounding from a fault, measured: docs/decisions/0006-precisions.md, of masks docs/verify.md."""
 
 
 class PackSource(_Strict):
-    """What ``sightwire export`` was given. Names only: where the files lie is the exporting machine's own affair, and
-    a pack travels."""
+    """What ``sightwire export`` was given. Names only: where the files lie is the exporting machine's own affair."""
 
     model: Annotated[str, Field(min_length=1)]
-    """Name of a model, of a file or of a folder."""
     weights: str | None = None
     """Name of the file of weights, where it was stated."""
     describe: str | None = None
@@ -317,8 +316,9 @@ class Manifest(_Strict):
     """How far an engine may be from PyTorch on any float output, by precision: in fp32 the largest absolute
     difference, in the others the root mean square difference in standard deviations of the output."""
     mask_bounds: dict[Precision, Annotated[float, Field(ge=0, le=1)]] = DEFAULT_MASK_BOUNDS
-    """Smallest share of a mask's pixels on which an engine must agree with PyTorch, by precision: rounding turns pixels
-    whose two best classes are level, so a mask cannot be bounded by its largest error."""
+    """Smallest share of a mask's pixels on which it must agree with PyTorch: rounding turns those that are level."""
+    decision_bounds: dict[Precision, Annotated[float, Field(ge=0, le=1)]] = DEFAULT_DECISION_BOUNDS
+    """Smallest share of windows in which it must decide on a head's labels as PyTorch does (``engines.decisions``)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

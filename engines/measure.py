@@ -11,9 +11,10 @@ from contextlib import contextmanager
 import numpy as np
 
 from engines.checks import describe
+from engines.decisions import agreements, scored_heads
 from engines.errors import ManifestError
 from engines.manifest import GraphSpec, HeadKind, Manifest, TensorSpec
-from engines.parity import BatchLatency, GraphParity, OutputParity, within_bounds
+from engines.parity import BatchLatency, DecisionParity, GraphParity, OutputParity, within_bounds
 from engines.types import Array, Engine, EngineSpec, Tensors
 
 Reference = Callable[[Tensors], Mapping[str, Array]]
@@ -30,10 +31,14 @@ def measure(
     threads: int = 1,
     batch_sizes: Sequence[int] = (),
     given: Sequence[Mapping[str, Array]] | None = None,
+    decisions: tuple[DecisionParity, ...] = (),
+    seen: Sequence[bool] = (),
 ) -> GraphParity:
     """Run an engine on batches of ``inputs``, compare with what a reference gave, and time it at ``batch_sizes``.
 
-    ``given`` is what the engine gave for the inputs, where it was run on them already.
+    ``given`` is what the engine gave for the inputs, where it was run on them already; ``decisions`` what is decided
+    from that in another graph. ``seen`` says which inputs the engine was calibrated on: where there are others, only
+    they tell what it decides.
     States are not compared: what is wrong with them shows in what comes of them.
 
     Raises ``InferenceError`` from the engine, ``ManifestError`` when an output has another shape than expected.
@@ -44,6 +49,7 @@ def measure(
     ran = given or (engine.infer(batch) for batch in inputs)
     got = [{name: array for name, array in one.items() if name in answers} for one in ran]
     outputs = _compared(manifest, spec, answers, expected, got)
+    decisions = decisions or compare_decisions(manifest, spec.graph, expected, got, seen)
     return GraphParity(
         graph=spec.graph,
         onnx_sha256=_measured_file(manifest, spec),
@@ -54,8 +60,35 @@ def measure(
         threads=threads,
         samples=sum(_batch_of(batch) for batch in inputs),
         outputs=outputs,
+        decisions=decisions,
         latency=tuple(time_batch(engine, repeat_to(inputs[0], size)) for size in batch_sizes),
-        passed=within_bounds(manifest, spec.precision, outputs) is None,
+        passed=within_bounds(manifest, spec.precision, outputs, decisions) is None,
+    )
+
+
+def compare_decisions(
+    manifest: Manifest,
+    graph: str,
+    expected: Sequence[Mapping[str, Array]],
+    got: Sequence[Mapping[str, Array]],
+    seen: Sequence[bool] = (),
+) -> tuple[DecisionParity, ...]:
+    """Compare what the heads of a window graph decide, on the batches that were not ``seen`` where there are such."""
+    unseen = [n for n in range(len(expected)) if not (seen and seen[n])]
+    used = unseen or range(len(expected))
+    heads = scored_heads(manifest, graph)
+    found = agreements(heads, [expected[n] for n in used], [got[n] for n in used])
+    windows = sum(_batch_of(expected[n]) for n in used)
+    return tuple(
+        DecisionParity(
+            head=head,
+            windows=windows,
+            held_out=bool(unseen),
+            agreement=one.windows,
+            both_sides=one.both_sides,
+            label_agreement=one.labels,
+        )
+        for head, one in found.items()
     )
 
 

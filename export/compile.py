@@ -231,7 +231,7 @@ def _refuse_failures(manifest: Manifest, results: Sequence[CompileResult]) -> No
     for result in results:
         if result.parity is None:
             continue
-        problem = within_bounds(manifest, result.precision, result.parity.outputs)
+        problem = within_bounds(manifest, result.precision, result.parity.outputs, result.parity.decisions)
         if problem is not None:
             raise ParityFailed(
                 f"pack {manifest.name}: graph {result.graph} on {result.backend} {result.precision}: {problem}; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -12,11 +12,12 @@ import numpy as np
 
 from engines import backends
 from engines.backends import EngineOptions
+from engines.decisions import scored_heads
 from engines.errors import BackendUnavailable, EngineError, GraphLoadError, InferenceError, ManifestError
 from engines.machine import cpu_model
 from engines.manifest import Branch, GraphSpec, Manifest, Mode, read_manifest
-from engines.measure import Reference, measure
-from engines.parity import ClipUsed, GraphParity, ParityReport, write_parity
+from engines.measure import Reference, compare_decisions, measure
+from engines.parity import ClipUsed, DecisionParity, GraphParity, ParityReport, write_parity
 from engines.types import Array, Engine, Tensors
 from export.clips import RawWindow, Recording, default_clips, open_recording, windows_of
 from export.steps import empty_past, hops_of, stretch_of
@@ -81,6 +82,8 @@ class Case:
     """Outputs of the window graph; of a stateful one without the states, which show in what comes of them."""
     begins: bool = True
     """Whether the past is empty; where it is not, the case goes on from the one before it."""
+    clip: str = ""
+    """Hash of the recording that it was cut from."""
 
     @property
     def pictures(self) -> dict[str, Array]:
@@ -140,6 +143,8 @@ class Trial:
     """Where the windows come from."""
     batch_sizes: Sequence[int]
     """What engines are timed at."""
+    references: Mapping[str, Reference]
+    """By graph."""
 
     @classmethod
     def on_clips(
@@ -160,7 +165,10 @@ class Trial:
         recordings = [open_recording(path) for path in clips or default_clips()]
         windows = {branch.name: _cut(recordings, branch, windows_per_clip) for branch in manifest.branches}
         by_clip = {
-            branch.name: [list(_cases(manifest, branch, references, clip)) for clip in windows[branch.name]]
+            branch.name: [
+                [replace(case, clip=clip.sha256) for case in _cases(manifest, branch, references, cut)]
+                for clip, cut in zip(recordings, windows[branch.name], strict=True)
+            ]
             for branch in manifest.branches
         }
         used = tuple(
@@ -168,7 +176,7 @@ class Trial:
             for n, clip in enumerate(recordings)
         )
         cases = {branch: [case for clip in found for case in clip] for branch, found in by_clip.items()}
-        return cls(folder, manifest, cases, used, batch_sizes)
+        return cls(folder, manifest, cases, used, batch_sizes, references)
 
     def measure_backend(self, backend: str, options: EngineOptions) -> tuple[list[GraphParity], dict[str, EngineError]]:
         """Every graph on one backend, none where it is not available at this precision, and what went wrong by graph.
@@ -222,6 +230,7 @@ class Trial:
                     if name in entries:
                         continue
                     inputs, expected = self._given(branch, name, engines[name], encoded)
+                    seen, features = self._seen(branch, engines[name]), encoded if name == branch.encoder else None
                     entries[name] = measure(
                         engines[name],
                         inputs,
@@ -230,7 +239,9 @@ class Trial:
                         backend_version=version,
                         threads=threads,
                         batch_sizes=self.batch_sizes,
-                        given=encoded if name == branch.encoder else None,
+                        given=features,
+                        decisions=self.decided_from(branch, features, seen) if features else (),
+                        seen=seen,
                     )
                 except InferenceError as error:
                     if failures is None:
@@ -251,6 +262,24 @@ class Trial:
                 found.setdefault(branch.encoder, [case.pictures for case in cases])
                 found.setdefault(branch.graph, [_only(case.with_features(case.features), graph) for case in cases])
         return found
+
+    def decided_from(
+        self, branch: Branch, encoded: Sequence[Mapping[str, Array]], seen: Sequence[bool] = ()
+    ) -> tuple[DecisionParity, ...]:
+        """What the reference's window graph decides from an encoder's features of each window."""
+        if not scored_heads(self.manifest, branch.graph):
+            return ()
+        cases, graph = self.cases[branch.name], self.manifest.graph(branch.graph)
+        judge = self.references[branch.graph]
+        got = [judge(_only(case.with_features(one), graph)) for case, one in zip(cases, encoded, strict=True)]
+        return compare_decisions(self.manifest, branch.graph, [case.outputs for case in cases], got, seen)
+
+    def _seen(self, branch: Branch, engine: Engine) -> list[bool]:
+        """Which windows are of recordings that any graph of a branch was calibrated on."""
+        names = [name for name in (branch.encoder, branch.graph) if name is not None]
+        files = [self.manifest.graph(name).artifact(engine.spec.backend, engine.spec.precision) for name in names]
+        clips = {clip for file in files if file is not None for clip in file.calibrated_on}
+        return [case.clip in clips for case in self.cases[branch.name]]
 
     def _encoded(self, branch: Branch, encoder: Engine) -> list[dict[str, Array]]:
         """Outputs of a branch's encoder over the frames of each window."""

@@ -5,8 +5,9 @@ The pack's own graphs stay as they are; each conversion is one more file, named 
 ``int8`` is static quantisation by QuantizeLinear and DequantizeLinear nodes: activations per tensor, weights per
 channel (Jacob et al., CVPR 2018; Krishnamoorthi, arXiv:1806.08342, 2018). Some nodes stay in float: what leads to a
 logarithm, which turns a small error at a small value into a large one; layers on float inputs, since a few clips do not
-show how large those become; additions of constants; and as many of the first layers as it takes to stay well within the
-manifest's bound, since what is lost there is lost for good.
+show how large those become; additions of constants, and those that no layer follows, since what is lost of a logit is
+lost of a decision; and everything up to as many of the first layers as it takes to stay well within the manifest's
+bounds, since what is lost there is lost for good.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from engines import backends
 from engines.backends import EngineOptions
 from engines.errors import ConversionError
 from engines.manifest import (
+    Branch,
     GraphFile,
     GraphSpec,
     Manifest,
@@ -38,19 +40,22 @@ from engines.manifest import (
     read_manifest,
     write_manifest,
 )
-from engines.measure import Reference, compare, logit_tensors
+from engines.measure import Reference, compare, compare_decisions, logit_tensors
 from engines.open import load_engines
-from engines.parity import within_bounds
+from engines.parity import DecisionParity, within_bounds
 from engines.types import Array, Tensors
 from export.parity import Trial
 
 Progress = Callable[[str], None]
 WINDOWS_PER_CLIP = 6
+_HELD_OUT = 3
+"""One clip of so many is not calibrated on, so that there is one to judge by."""
 _LAYERS = ("Conv", "Gemm", "MatMul")
 # Activations are named so that a layer and its activation become one, with the range of what comes out of both.
 _QUANTISED = (*_LAYERS, "Add", "Clip", "Relu")
 _COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
 _FLOAT_FIRST = (0, 1, 3, 6, 12, 24)
+_Decided = tuple[DecisionParity, ...]
 _SHARE = 0.75
 """Of a bound, that a conversion may use up: other clips show other errors."""
 
@@ -65,7 +70,8 @@ def add_variants(
     """Convert every graph of a pack that lacks one of ``variants``, and name the files in its manifest.
 
     The fp32 graphs on ONNX Runtime are what conversions are compared with, on other windows of ``clips`` (none given:
-    those that every user can get) than those they are calibrated on.
+    those that every user can get) than those they are calibrated on. Of three clips one is not calibrated on at all;
+    which ones are stands with the file in the manifest.
 
     Raises ``PackNotFound``, ``ManifestError``, ``PackIntegrityError``, ``ParityMissing`` when the clips cannot be used,
     ``ConversionError`` when a graph cannot be converted within its bounds or the pack cannot be written to.
@@ -75,13 +81,15 @@ def add_variants(
     wanted = [(graph, variant) for graph in manifest.graphs for variant in variants if variant not in graph.variants]
     if not wanted:
         return manifest
-    samples = _samples(folder, manifest, clips)
     graphs = {graph.name: graph for graph in manifest.graphs}
-    for graph, variant in wanted:
-        progress(f"converting {graph.name} to {variant}")
-        file = _convert(_Job(folder, manifest, graph, samples[graph.name]), variant)
-        changed = graphs[graph.name]
-        graphs[graph.name] = changed.model_copy(update={"variants": {**changed.variants, variant: file}})
+    with fp32_references(folder, manifest) as references:
+        trial = Trial.on_clips(folder, manifest, references, clips, WINDOWS_PER_CLIP)
+        inputs = trial.inputs()
+        for graph, variant in wanted:
+            progress(f"converting {graph.name} to {variant}")
+            file = _convert(_Job(trial, graph, inputs[graph.name]), variant)
+            changed = graphs[graph.name]
+            graphs[graph.name] = changed.model_copy(update={"variants": {**changed.variants, variant: file}})
     manifest = manifest.model_copy(update={"graphs": tuple(graphs.values())})
     try:
         write_manifest(folder, manifest)
@@ -103,28 +111,56 @@ def fp32_references(folder: Path, manifest: Manifest) -> Iterator[Mapping[str, R
             engine.close()
 
 
-def _samples(folder: Path, manifest: Manifest, clips: Sequence[Path]) -> dict[str, list[Tensors]]:
-    with fp32_references(folder, manifest) as references:
-        return Trial.on_clips(folder, manifest, references, clips, WINDOWS_PER_CLIP).inputs()
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    folder: Path
-    manifest: Manifest
+    trial: Trial
     graph: GraphSpec
     samples: Sequence[Tensors]
+
+    @property
+    def folder(self) -> Path:
+        return self.trial.folder
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.trial.manifest
 
     @property
     def where(self) -> str:
         return f"pack {self.manifest.name}: graph {self.graph.name}"
 
+    @property
+    def branch(self) -> Branch:
+        """The branch that the samples are of."""
+        return next(one for one in self.manifest.branches if self.graph.name in (one.encoder, one.graph))
+
+    @property
+    def calibration_clips(self) -> tuple[str, ...]:
+        """Hashes of the clips that are calibrated on."""
+        return tuple(clip.sha256 for n, clip in enumerate(self.trial.clips, start=1) if n % _HELD_OUT)
+
+    @property
+    def calibrating(self) -> list[bool]:
+        """Which samples are calibrated on: every other one, of those clips."""
+        clips = [case.clip for case in self.trial.cases[self.branch.name]]
+        return [clip in self.calibration_clips and n % 2 == 0 for n, clip in enumerate(clips)]
+
+    def decisions(self, expected: Sequence[Mapping[str, Array]], got: Sequence[Mapping[str, Array]]) -> _Decided:
+        """What is decided on all samples, by the reference's window graph where this is the encoder's."""
+        if self.graph.name == self.branch.encoder:
+            return self.trial.decided_from(self.branch, got)
+        return compare_decisions(self.manifest, self.graph.name, expected, got)
+
+    def judged(self, batches: Sequence[Mapping[str, Array]]) -> list[Mapping[str, Array]]:
+        """Those of all samples that were not calibrated on."""
+        return [batch for batch, used in zip(batches, self.calibrating, strict=True) if not used] or list(batches)
+
     def run(self, file: GraphFile) -> list[dict[str, Array]]:
-        """What a converted file makes of the windows that it was not calibrated on."""
+        """What a converted file makes of all samples."""
         spec = self.graph.model_copy(update={"file": file.file, "sha256": file.sha256, "variants": {}})
         engine = backends.load(self.folder / file.file, self.manifest.name, spec, "onnxruntime", EngineOptions())
         try:
-            return [engine.infer(batch) for batch in self.samples[1::2] or self.samples]
+            return [engine.infer(batch) for batch in self.samples]
         finally:
             engine.close()
 
@@ -145,7 +181,8 @@ def _convert(job: _Job, variant: Variant) -> GraphFile:
     if found is not None:
         path.unlink(missing_ok=True)
         raise ConversionError(f"{job.where} in {variant}: {found}; give more clips, or choose another precision")
-    return GraphFile(file=path.name, sha256=file_sha256(path))
+    calibrated_on = () if variant == "fp16" else job.calibration_clips
+    return GraphFile(file=path.name, sha256=file_sha256(path), calibrated_on=calibrated_on)
 
 
 def _best(job: _Job, variant: Variant, path: Path, ranges: Path) -> str | None:
@@ -158,27 +195,30 @@ def _best(job: _Job, variant: Variant, path: Path, ranges: Path) -> str | None:
     layers = _layers(model)
     over = None
     for count in _FLOAT_FIRST:
-        _write_quantised(job, variant, path, {*_delicate(model), *layers[:count]}, ranges)
+        _write_quantised(job, variant, path, {*_delicate(model), *_before(model, layers[count:])}, ranges)
         over = _over(job, "int8", expected, path)
         if over is None or count >= len(layers):
             break
-    return over
+    # What a few windows say of the most exact may be chance: within the bounds it is good enough.
+    return over and _over(job, "int8", expected, path, share=1.0)
 
 
-def _over(job: _Job, precision: Precision, expected: Sequence[Mapping[str, Array]], path: Path) -> str | None:
-    """What of a converted file is over the manifest's bounds."""
+def _over(
+    job: _Job, precision: Precision, expected: Sequence[Mapping[str, Array]], path: Path, share: float = _SHARE
+) -> str | None:
+    """What of a converted file is over this share of the manifest's bounds."""
     got = job.run(GraphFile(file=path.name, sha256=file_sha256(path)))
     logits = logit_tensors(job.manifest)
     outputs = [
         compare(
             tensor.name,
-            np.concatenate([batch[tensor.name] for batch in expected]),
-            np.concatenate([batch[tensor.name] for batch in got]),
+            np.concatenate([batch[tensor.name] for batch in job.judged(expected)]),
+            np.concatenate([batch[tensor.name] for batch in job.judged(got)]),
             logits=tensor.name in logits,
         )
         for tensor in job.graph.outputs
     ]
-    return within_bounds(job.manifest, precision, tuple(outputs), share=_SHARE)
+    return within_bounds(job.manifest, precision, outputs, job.decisions(expected, got), share=share)
 
 
 def _layers(model: onnx.ModelProto) -> list[str]:
@@ -186,9 +226,28 @@ def _layers(model: onnx.ModelProto) -> list[str]:
     return [node.name for node in model.graph.node if node.op_type in _LAYERS]
 
 
+def _before(model: onnx.ModelProto, layers: Collection[str]) -> set[str]:
+    """Names of the nodes that run before the first of some layers; of all, where there are none."""
+    names = [node.name for node in model.graph.node]
+    return set(names[: min(map(names.index, layers), default=len(names))])
+
+
 def _delicate(model: onnx.ModelProto) -> set[str]:
     """Names of the nodes that stay in float whatever else does not."""
-    return _before_logarithms(model) | _on_float_inputs(model) | _constant_additions(model)
+    found = _before_logarithms(model) | _on_float_inputs(model) | _constant_additions(model)
+    return found | _after_layers(model)
+
+
+def _after_layers(model: onnx.ModelProto) -> set[str]:
+    """Nodes whose outputs no layer gets: sums of logits have a range that few clips show, and cost nothing in float."""
+    needed: set[str] = set()
+    found = set()
+    for node in reversed(model.graph.node):
+        if node.op_type in _LAYERS or not needed.isdisjoint(node.output):
+            needed.update(node.input)
+        else:
+            found.add(node.name)
+    return found
 
 
 def _before_logarithms(model: onnx.ModelProto) -> set[str]:
@@ -246,7 +305,7 @@ def _write_quantised(job: _Job, variant: Variant, path: Path, floats: Collection
     quantize_static(
         job.folder / job.graph.file,
         path,
-        _Samples(job.samples[::2]),
+        _Samples([batch for batch, used in zip(job.samples, job.calibrating, strict=True) if used]),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,

@@ -262,7 +262,7 @@ def _trial(task: _Task, backend: str, precision: str) -> Trial:
 def _judged(task: _Task, entry: GraphParity) -> Verified:
     if task.fallback:
         entry = entry.model_copy(update={"reference": FALLBACK})
-    problem = within_bounds(task.manifest, entry.precision, entry.outputs)
+    problem = within_bounds(task.manifest, entry.precision, entry.outputs, entry.decisions)
     return Verified(entry.graph, entry.backend, entry.precision, entry, problem, _worst_window(entry))
 
 

@@ -142,8 +142,8 @@ def test_precisions_that_a_backend_lacks_are_left_out(clip: Path, tiny: Path) ->
 
 def test_the_clips_that_every_user_can_get() -> None:
     try:
-        bikes, bunny = default_clips()
+        bikes, bunny, carphone = default_clips()
     except ParityMissing as error:
         pytest.skip(str(error))
-    assert (bikes.name, bunny.name) == ("bikes.mp4", "bigbuckbunny.mp4")
+    assert (bikes.name, bunny.name, carphone.name) == ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
     assert open_recording(bikes).duration_ns > 9e9

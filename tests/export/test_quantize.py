@@ -13,10 +13,11 @@ import pytest
 from engines import backends
 from engines.backends import EngineOptions
 from engines.errors import BackendUnavailable, ConversionError, PackIntegrityError, ParityMissing
-from engines.manifest import Variant, check_integrity, read_manifest, write_manifest
+from engines.manifest import Variant, check_integrity, file_sha256, read_manifest, write_manifest
 from engines.measure import random_batch
 from engines.types import Array
-from export.quantize import _on_float_inputs, add_variants
+from export.clips import default_clips
+from export.quantize import _after_layers, _before, _on_float_inputs, add_variants
 
 
 def run(folder: Path, precision: str) -> dict[str, Array]:
@@ -97,6 +98,31 @@ def test_a_layer_is_not_on_a_float_input_that_is_only_compared() -> None:
     pixels = onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.UINT8, ["batch", 4])
     graph = onnx.helper.make_graph(nodes, "g", [mask, pixels], [])
     assert _on_float_inputs(onnx.helper.make_model(graph)) == {"after_product"}
+
+
+def test_what_no_layer_follows_is_left_alone() -> None:
+    """The sum of two logits: its range is that of a few clips, and what is lost of it is lost of a decision."""
+    nodes = [
+        onnx.helper.make_node("MatMul", ["pixels", "weight"], ["a"], "first"),
+        onnx.helper.make_node("Add", ["a", "pixels"], ["b"], "residual"),
+        onnx.helper.make_node("MatMul", ["b", "weight"], ["c"], "last"),
+        onnx.helper.make_node("Add", ["c", "b"], ["logits"], "sum"),
+    ]
+    pixels = onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.UINT8, ["batch", 4])
+    logits = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 4])
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [pixels], [logits]))
+    assert _after_layers(model) == {"sum"}
+    assert _before(model, ["first", "last"]) == set()
+    assert _before(model, ["last"]) == {"first", "residual"}
+    assert _before(model, []) == {"first", "residual", "last", "sum"}
+
+
+def test_a_clip_is_held_out_of_three(conv_pack: Any, film: Path) -> None:
+    """The manifest says which were calibrated on."""
+    street = next(path for path in default_clips() if path.name == "bikes.mp4")
+    clips = [conv_pack.clip, film, street]
+    file = add_variants(conv_pack.folder, ["int8"], clips).graph("small").variants["int8"]
+    assert file.calibrated_on == tuple(file_sha256(path) for path in clips[:2])
 
 
 def test_layers_stay_in_float_until_the_bound_is_kept(conv_pack: Any) -> None:
