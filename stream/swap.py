@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engines.errors import EngineError, PackNotFound
 from engines.manifest import Manifest, Precision, read_manifest
-from engines.parity import mask_bound_of
+from engines.parity import decision_bound_of, mask_bound_of
 from stream.clock import NS_PER_S, Clock
 from stream.disagreement import HeadDisagreement
 from stream.engine_pool import EnginePool, PackLoad
@@ -67,8 +67,9 @@ class SwapRequest(BaseModel):
     compare_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long both run; 0 takes the new one over untried."""
     max_disagreement: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Largest share by which a head may disagree (see ``HeadDisagreement.share``). When not given: for masks what the
-    precisions may differ by (``Swap.mask_share``), but at least ``MAX_DISAGREEMENT``, which is that of all others."""
+    """Largest share by which a head may disagree (see ``HeadDisagreement.share``). When not given: what the precisions
+    may differ by in masks and in what is decided (``Swap.mask_share`` and ``Swap.decision_share``), but at least
+    ``MAX_DISAGREEMENT``."""
 
 
 class SwapPhase(StrEnum):
@@ -109,6 +110,8 @@ class Swap:
     """What is to serve; known once it is loaded."""
     mask_share: float = 0.0
     """Share of a mask's pixels in which the two packs may differ by their precisions alone."""
+    decision_share: float = 0.0
+    """Share of windows in which they may decide otherwise by their precisions alone."""
     compared_ns: int = 0
     """How long both have run."""
     figures: TrialFigures | None = None
@@ -171,13 +174,24 @@ def judge(swap: Swap, figures: TrialFigures, loads: Mapping[str, PackLoad], thre
 def _allowed(swap: Swap, found: HeadDisagreement) -> float:
     if swap.request.max_disagreement is not None:
         return swap.request.max_disagreement
-    return MAX_DISAGREEMENT if found.mask_agreement is None else max(MAX_DISAGREEMENT, swap.mask_share)
+    if found.mask_agreement is not None:
+        return max(MAX_DISAGREEMENT, swap.mask_share)
+    return max(MAX_DISAGREEMENT, swap.decision_share if found.cosine is None else 0.0)
 
 
 def mask_share(*packs: ServedPack) -> float:
     """Share of a mask's pixels in which the least exact of some packs may differ from PyTorch."""
+    return _least_exact(mask_bound_of, packs)
+
+
+def decision_share(*packs: ServedPack) -> float:
+    """Share of windows in which the least exact of some packs may decide otherwise than PyTorch."""
+    return _least_exact(decision_bound_of, packs)
+
+
+def _least_exact(bound_of: Callable[[Manifest, str], float | None], packs: Sequence[ServedPack]) -> float:
     precisions = [(pack.manifest, name) for pack in packs for name in pack.info.precision.split("+")]
-    bounds = [mask_bound_of(manifest, name) for manifest, name in precisions]
+    bounds = [bound_of(manifest, name) for manifest, name in precisions]
     return max((1 - bound for bound in bounds if bound is not None), default=0.0)
 
 
@@ -313,6 +327,7 @@ class Swaps:
 
     async def _take_over(self, swap: Swap, old: Generation, new: Generation) -> None:
         swap.new, swap.mask_share = new.pack.info, mask_share(old.pack, new.pack)
+        swap.decision_share = decision_share(old.pack, new.pack)
         try:
             await self._compare(swap, old, new)
         except BaseException:

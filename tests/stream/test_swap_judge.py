@@ -15,7 +15,7 @@ from stream.disagreement import Disagreement, HeadDisagreement
 from stream.engine_pool import PackLoad
 from stream.event_format import PackInfo
 from stream.packs import ServedPack
-from stream.swap import RolledBack, Swap, SwapRequest, engines_needed, judge, mask_share
+from stream.swap import RolledBack, Swap, SwapRequest, decision_share, engines_needed, judge, mask_share
 from stream.trial import TrialFigures
 from stream.types import Prediction
 from tests.stream.test_events import SHA, manifest, window
@@ -30,10 +30,18 @@ def figures(*, windows: int = 100, old_ms: float = 10, new_ms: float = 10, error
 
 
 def verdict(
-    found: TrialFigures, *, at_s: float, offered: int = 0, threads: int = 1, mask_share: float = 0.0, **asked: float
+    found: TrialFigures,
+    *,
+    at_s: float,
+    offered: int = 0,
+    threads: int = 1,
+    mask_share: float = 0.0,
+    decision_share: float = 0.0,
+    **asked: float,
 ) -> bool:
     request = SwapRequest(compare_s=10, **asked)
-    swap = Swap("p", request, INFO, 0, mask_share=mask_share, compared_ns=int(at_s * NS_PER_S))
+    shares = {"mask_share": mask_share, "decision_share": decision_share}
+    swap = Swap("p", request, INFO, 0, **shares, compared_ns=int(at_s * NS_PER_S))
     loads = {"p": PackLoad(offered, 100, 100 * 10 * MS), "q": PackLoad(offered, 100, 100 * 5 * MS)}
     return judge(swap, found, loads, threads)
 
@@ -70,17 +78,27 @@ def test_masks_may_differ_by_what_their_precision_allows() -> None:
         verdict(found, at_s=10, mask_share=0.07)
     with pytest.raises(RolledBack, match=r"more than the 1\.0% allowed"):
         verdict(found, at_s=10, mask_share=0.15, max_disagreement=0.01)
-    # Decisions are what the user sees, at any precision.
     other = replace(figures(), heads=MappingProxyType({"action": HeadDisagreement(100, other_side=0.1)}))
     with pytest.raises(RolledBack, match=r"head action disagrees by 10\.0% .* more than the 5\.0% allowed"):
-        verdict(other, at_s=10, mask_share=0.15)
+        verdict(other, at_s=10, mask_share=0.15, decision_share=0.02)
+    assert verdict(other, at_s=10, decision_share=0.11)
+    with pytest.raises(RolledBack, match=r"more than the 5\.0% allowed"):
+        verdict(found, at_s=10, decision_share=0.5)
 
 
 def test_the_less_exact_pack_decides() -> None:
-    def share(*precisions: str) -> float:
-        packs = [SimpleNamespace(manifest=manifest(), info=replace(INFO, precision=one)) for one in precisions]
-        return mask_share(*cast("list[ServedPack]", packs))
+    bounds = manifest().model_copy(update={"decision_bounds": {"fp32": 1.0, "bf16": 0.9, "int8": 0.8}})
 
+    def packs(*precisions: str) -> list[ServedPack]:
+        found = [SimpleNamespace(manifest=bounds, info=replace(INFO, precision=one)) for one in precisions]
+        return cast("list[ServedPack]", found)
+
+    def share(*precisions: str) -> float:
+        return mask_share(*packs(*precisions))
+
+    assert decision_share(*packs("fp32", "fp32")) == 0
+    assert decision_share(*packs("fp32", "bf16+fp32")) == pytest.approx(0.1)
+    assert decision_share(*packs("int8", "bf16")) == pytest.approx(0.2)
     assert share("fp32", "fp32") == pytest.approx(0.001)
     assert share("fp32", "bf16+fp32") == pytest.approx(0.07)
     assert share("int8", "bf16") == pytest.approx(0.15)
