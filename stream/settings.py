@@ -245,6 +245,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], yaml.Node | None]:
         raise SettingsError(f"{path}:{line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise SettingsError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except ValueError as error:  # a date that there is not, a number of thousands of digits
+        raise SettingsError(f"{path}: a value cannot be read: {error}; put it in quotes") from None
+    except RecursionError:
+        raise SettingsError(f"{path}: nested too deeply") from None
     if tree is None:
         return {}, None
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):

@@ -33,6 +33,9 @@ def write(folder: Path, text: str) -> Path:
         ("a: [1,\n", "not valid YAML"),
         ("1: x\n", ":1: expected keys and values"),
         ("a: \x07\n", "not valid YAML"),
+        ("a: 2026-02-30\n", "day is out of range for month; put it in quotes"),
+        pytest.param(f"a: {'9' * 5000}\n", "put it in quotes", id="digits"),
+        pytest.param("a: " + "[" * 3000 + "]" * 3000, "nested too deeply", id="nested"),
         (
             "sources:\n  - id: a\n    url: rtsp://u:can/ary@h/x\n",
             ":3: sources.0.url: the password must be percent-encoded",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from stream.clock import SystemClock
 from stream.packs import load_packs
 from stream.service import Service
-from stream.settings import load_settings
+from stream.settings import Settings, load_settings
 from stream.types import Event
 
 SCENE = "synthetic://scene?fps=25&width=64&height=36&seconds=12&brightness=0:0.2,4:1,8:0.2"
@@ -32,20 +34,65 @@ class _BrokenPort:
         raise RuntimeError("a bug")
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-async def test_a_bug_ends_the_service_whatever_waits_for_its_engines(
-    tiny_pack: Path, tmp_path: Path, threads: int
-) -> None:
+def _settings(tiny_pack: Path, threads: int) -> Settings:
     content: dict[str, Any] = {
         "sources": [{"id": f"cam{n}", "url": SCENE, "pace": "fast"} for n in range(6)],
         "packs": [{"name": str(tiny_pack), "backend": "onnxruntime"}],
         "engine": {"threads": threads, "max_batch": 1},
     }
-    settings = load_settings(None, content)
+    return load_settings(None, content)
+
+
+def _engine_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("engine-")]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+async def test_a_bug_ends_the_service_whatever_waits_for_its_engines(
+    tiny_pack: Path, tmp_path: Path, threads: int
+) -> None:
+    settings = _settings(tiny_pack, threads)
     port = _BrokenPort()
     port.service = service = Service(settings, load_packs(settings, tmp_path), port, SystemClock())
     with pytest.raises(ExceptionGroup) as raised:
         async with asyncio.timeout(120):
             await service.run()
     assert raised.value.subgroup(RuntimeError) is not None
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("engine-")]
+    assert not _engine_threads()
+
+
+class _Buggy:
+    """An engine that fails by what no engine may."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def infer(self, inputs: Any) -> Any:
+        raise RuntimeError("a bug")
+
+
+class _Port:
+    async def put(self, events: Sequence[Event]) -> None:
+        """Takes them."""
+
+
+async def test_a_bug_in_an_engine_thread_ends_the_service_and_whoever_waits_for_the_pack(
+    tiny_pack: Path, tmp_path: Path
+) -> None:
+    settings = _settings(tiny_pack, 1)
+    (pack,) = load_packs(settings, tmp_path)
+    buggy = [
+        replace(copy, engines=MappingProxyType({name: _Buggy(engine) for name, engine in copy.engines.items()}))
+        for copy in pack.copies
+    ]
+    service = Service(settings, [replace(pack, copies=tuple(buggy))], _Port(), SystemClock())
+    with pytest.raises(ExceptionGroup) as raised:
+        async with asyncio.timeout(120):
+            await service.run()
+    assert raised.value.subgroup(RuntimeError) is not None
+    assert not _engine_threads()
+    async with asyncio.timeout(120):
+        await service._pool.retire(service._generations["tiny"])
