@@ -30,6 +30,8 @@ REFUSED_S = 30.0
 after a few wrong passwords."""
 SCHEDULE_S = 1.0
 """How often a schedule is looked at."""
+FARTHEST_NS = 1 << 62
+"""Media time that a source may start at, 146 years: twice as much no longer fits 64 bits."""
 STABLE_S = 10.0
 """A source that stayed live this long begins its back-off anew."""
 
@@ -278,6 +280,10 @@ class Supervisor:
 
     def _emit(self, item: MediaItem) -> None:
         """Called on the source's thread."""
+        if isinstance(item, EpochStart) and abs(item.origin_ns) > FARTHEST_NS:
+            # No window could be cut there, and the other sources must not end with it.
+            cause = f"its timestamps start at {item.origin_ns // NS_PER_S} s, which is beyond reason"
+            raise SourceError(self.source_id, "timestamps", cause, retryable=self._persistent)
         self._channel.put(item)
         # Only now: what a channel that was stopped did not take has not begun, or still has to be ended.
         if isinstance(item, EpochStart):
