@@ -17,6 +17,7 @@ from engines.errors import ParityFailed, ParityMissing
 from engines.manifest import PARITY_FILE, GraphSpec, Manifest, Sha256
 
 Share = Annotated[float, Field(ge=0, le=1)]
+_CHANCE = 0.05
 
 
 class _Strict(BaseModel):
@@ -207,10 +208,20 @@ def decision_bound_of(manifest: Manifest, precision: str) -> float | None:
 
 
 def agreement_needed(bound: float, windows: int, share: float = 1.0) -> float:
-    """Share of so many windows that must agree. One window may differ where any may, as few do not tell 1 % from 5 %;
-    what is to stay well within the bound, by a ``share`` under 1, has no such leave, and is held to both thresholds."""
-    allowed = share * (1 - bound)
-    return 1 - (max(allowed, 1 / windows) if bound < 1 and share >= 1 else allowed)
+    """Share of so many windows that must agree.
+
+    A few windows do not tell 1 % from 5 %: over the bound is what an engine that differs just as often as it may would
+    show by chance in less than one of twenty measurements (the one-sided binomial test, windows taken as independent).
+    What is to stay well within the bound, by a ``share`` under 1, has no such leave, and is held to both thresholds.
+    """
+    rate = 1 - bound
+    if rate <= 0 or share < 1:
+        return 1 - share * rate
+    differing, less = 0, bound**windows
+    while less < 1 - _CHANCE and differing < windows:
+        differing += 1
+        less += math.comb(windows, differing) * rate**differing * bound ** (windows - differing)
+    return 1 - differing / windows
 
 
 def _decided_otherwise(manifest: Manifest, precision: str, found: DecisionParity, share: float) -> str | None:

@@ -14,7 +14,15 @@ from rich.table import Table
 
 from engines.manifest import GraphSpec, Manifest
 from engines.measure import answers_of
-from engines.parity import BatchLatency, GraphParity, OutputParity, bound_of, mask_bound_of
+from engines.parity import (
+    BatchLatency,
+    GraphParity,
+    OutputParity,
+    agreement_needed,
+    bound_of,
+    decision_bound_of,
+    mask_bound_of,
+)
 from export.verify import Verification, Verified
 from export.verify_plots import Bar, Line, bars_from_zero, log_bars, log_lines
 
@@ -49,6 +57,13 @@ def bound_text(manifest: Manifest, graph: GraphSpec, precision: str) -> str:
 
 
 FIGURES = ("max error", "relative", "top-1", "equal px", "mask IoU", "cosine")
+DECISIONS = "decisions"
+
+
+def decided(entry: GraphParity | None) -> str:
+    """Share of windows in which the same is decided, of the head that differs most; empty where nothing is decided."""
+    found = () if entry is None else entry.decisions
+    return f"{min(one.agreement for one in found):.1%}" if found else ""
 
 
 def figures(outputs: Sequence[OutputParity]) -> tuple[str, ...]:
@@ -83,9 +98,12 @@ def _not_torch(found: Verification) -> str:
 
 
 def terminal_tables(found: Verification) -> Iterator[RenderableType]:
-    """Errors by graph and engine, latency by batch size, what was not run and why, and what it was compared with."""
+    """Errors by graph and engine, decisions, latency, what was not run and why, and what it was compared with."""
     yield _errors(found)
     yield ""
+    if (decisions := _decisions(found)).row_count:
+        yield decisions
+        yield ""
     yield _latencies(found)
     yield ""
     for reason in found.not_run:
@@ -110,6 +128,18 @@ def _errors(found: Verification) -> Table:
         bound = bound_text(found.manifest, found.manifest.graph(one.graph), one.precision)
         style = "green" if said == _WITHIN else "bold red"
         table.add_row(one.graph, one.backend, one.precision, *cells, bound, f"[{style}]{said}[/]")
+    return table
+
+
+def _decisions(found: Verification) -> Table:
+    table = _table("head", "windows", "same", "at least", "same, on and off")
+    for one in found.results:
+        least = decision_bound_of(found.manifest, one.precision)
+        for head in one.parity.decisions if one.parity is not None else ():
+            needed = "" if least is None else f"{agreement_needed(least, head.windows):.1%}"
+            windows = f"{head.windows}{'' if head.held_out else ' calibrated on'}"
+            cells = (head.head, windows, f"{head.agreement:.1%}", needed, f"{head.both_sides:.1%}")
+            table.add_row(one.graph, one.backend, one.precision, *cells)
     return table
 
 
@@ -182,14 +212,14 @@ def _summary(found: Verification) -> Iterator[str]:
         yield f'<p class="warn">{escape(_not_torch(found))}</p>'
     for line in found.problems:
         yield f'<p class="problem">{escape(line)}</p>'
-    titles = ("graph", "backend", "precision", *FIGURES, "bound", "")
+    titles = ("graph", "backend", "precision", *FIGURES, DECISIONS, "bound", "")
     yield _html_table(titles, (_summary_row(found, one) for one in found.results), text=3)
 
 
 def _summary_row(found: Verification, one: Verified) -> tuple[str, ...]:
     cells = figures(one.parity.outputs if one.parity is not None else ())
     bound = bound_text(found.manifest, found.manifest.graph(one.graph), one.precision)
-    return one.graph, one.backend, one.precision, *cells, bound, verdict(one)
+    return one.graph, one.backend, one.precision, *cells, decided(one.parity), bound, verdict(one)
 
 
 def _html_table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, text: int) -> str:
