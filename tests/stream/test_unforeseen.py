@@ -22,7 +22,11 @@ SCENE = "synthetic://scene?fps=25&width=64&height=36&seconds=12&brightness=0:0.2
 
 
 class _BrokenPort:
-    """Fails at the first event of a window, once the engines have much to do."""
+    """Fails at the first event of a window, once more waits for the engines than they may take.
+
+    Of each source's two windows one may be computed out of turn, and four results may be on their way: of sixteen
+    sources at least eleven windows come to wait.
+    """
 
     service: Service
 
@@ -36,7 +40,7 @@ class _BrokenPort:
 
 def _settings(tiny_pack: Path, threads: int) -> Settings:
     content: dict[str, Any] = {
-        "sources": [{"id": f"cam{n}", "url": SCENE, "pace": "fast"} for n in range(6)],
+        "sources": [{"id": f"cam{n}", "url": SCENE, "pace": "fast"} for n in range(16)],
         "packs": [{"name": str(tiny_pack), "backend": "onnxruntime"}],
         "engine": {"threads": threads, "max_batch": 1},
     }
