@@ -54,7 +54,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_export_carries_parity_on_real_clips(home: Path) -> None:
     report = json.loads((home / "packs/base/parity.json").read_text())
-    assert {clip["name"] for clip in report["clips"]} == {"bikes.mp4", "bigbuckbunny.mp4"}
+    assert {clip["name"] for clip in report["clips"]} == {"bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4"}
     assert {entry["graph"] for entry in report["entries"]} == {"encoder", "window", "segmentation"}
     assert all(entry["passed"] for entry in report["entries"])
     again = sightwire(home, "export", "base")

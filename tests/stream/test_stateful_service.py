@@ -68,7 +68,7 @@ async def test_media_becomes_events(tiny_stateful_pack: Path, tmp_path: Path) ->
     (states,) = memory._states.values()
     assert states.hops == 2 * HOPS, "each sample is looked at once"
     assert memory.restarted == memory.evicted == 0
-    assert memory.state_bytes > 0 and len(states) == 0, "nothing is left of sources that have ended"
+    assert memory.state_bytes == len(states) == 0, "nothing is left of sources that have ended"
 
 
 async def test_two_engine_threads_give_the_same_events_as_one(tiny_stateful_pack: Path, tmp_path: Path) -> None:
