@@ -22,7 +22,7 @@ from models.errors import WeightsError
 WEIGHTS_FILE = "base.safetensors"
 CALIBRATION_FILE = "base.json"
 METRICS_FILE = "metrics.json"
-VERSION = "3"
+VERSION = "4"
 
 
 class BaseModel(nn.Module):
